@@ -1,0 +1,1 @@
+"""One file per published method; see mim_jax.method for the contract."""

@@ -1,0 +1,156 @@
+"""The transformer block that nearly every method uses. The names in here are the checkpoint format: they never change.
+
+Blocks of one stack share their arrays: every parameter has a leading axis of length depth, whether the loop is compiled once (`scan`) or
+unrolled. Attention kernels keep heads as an axis of their own, so that sharding over heads is a statement about one axis.
+"""
+
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.nn.initializers import zeros
+
+from mim_jax.ops import attention
+
+
+def xavier_uniform(fan_in, fan_out):
+  """Uniform in +-sqrt(6 / (fan_in + fan_out)) for a kernel of any shape whose matrix form is fan_in x fan_out."""
+  bound = math.sqrt(6 / (fan_in + fan_out))
+  return lambda key, shape, dtype=jnp.float32: jax.random.uniform(key, shape, dtype, -bound, bound)
+
+
+class Dense(nn.Module):
+  """x [..., in] -> [..., out] with xavier-uniform kernel [in, out] and zero bias, computed in `dtype`."""
+
+  features: int
+  dtype: str = 'float32'
+  bias_init: nn.initializers.Initializer = zeros
+
+  @nn.compact
+  def __call__(self, x):
+    fan_in = x.shape[-1]
+    kernel = self.param('kernel', xavier_uniform(fan_in, self.features), (fan_in, self.features))
+    bias = self.param('bias', self.bias_init, (self.features,))
+    return jnp.dot(x.astype(self.dtype), kernel.astype(self.dtype)) + bias.astype(self.dtype)
+
+
+class Qkv(nn.Module):
+  """x [B, N, D] -> queries, keys and values [B, N, 3, H, d] by one kernel [D, 3, H, d].
+
+  Initialised as one [D, 3 D] matrix, whose bound is smaller than that of three [D, D] ones (facebookresearch/mae, models_mae.py).
+  """
+
+  heads: int
+  dtype: str = 'float32'
+
+  @nn.compact
+  def __call__(self, x):
+    width = x.shape[-1]
+    shape = (3, self.heads, width // self.heads)
+    kernel = self.param('kernel', xavier_uniform(width, 3 * width), (width, *shape))
+    bias = self.param('bias', zeros, shape)
+    return jnp.einsum('bnd,dchk->bnchk', x.astype(self.dtype), kernel.astype(self.dtype)) + bias.astype(self.dtype)
+
+
+class MergeHeads(nn.Module):
+  """x [B, N, H, d] -> [B, N, features] by a kernel [H, d, features] and a bias: the output projection of attention."""
+
+  features: int
+  dtype: str = 'float32'
+
+  @nn.compact
+  def __call__(self, x):
+    heads, head_dim = x.shape[-2:]
+    kernel = self.param('kernel', xavier_uniform(heads * head_dim, self.features), (heads, head_dim, self.features))
+    bias = self.param('bias', zeros, (self.features,))
+    return jnp.einsum('bnhd,hdf->bnf', x.astype(self.dtype), kernel.astype(self.dtype)) + bias.astype(self.dtype)
+
+
+class SelfAttention(nn.Module):
+  """Multi-head self-attention: x [B, N, D] -> [B, N, D]."""
+
+  heads: int
+  dtype: str = 'float32'
+
+  @nn.compact
+  def __call__(self, x):
+    qkv = Qkv(self.heads, self.dtype, name='qkv')(x)
+    y = attention.attention(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2])
+    return MergeHeads(x.shape[-1], self.dtype, name='proj')(y)
+
+
+class Mlp(nn.Module):
+  """Two dense layers with an exact (erf) GELU between: x [..., D] -> [..., D]."""
+
+  hidden: int
+  dtype: str = 'float32'
+
+  @nn.compact
+  def __call__(self, x):
+    y = nn.gelu(Dense(self.hidden, self.dtype, name='fc1')(x), approximate=False)
+    return Dense(x.shape[-1], self.dtype, name='fc2')(y)
+
+
+class LayerNorm(nn.LayerNorm):
+  """LayerNorm with statistics in float32, by the two-pass variance that the official codes use."""
+
+  epsilon: float = 1e-6
+  use_fast_variance: bool = False
+
+
+def drop_path(x, uniform, rate):
+  """Stochastic depth per example: x [B, ...] is zero where uniform [B] >= 1 - rate, else divided by 1 - rate (timm's form)."""
+  keep = 1 - rate
+  kept = jnp.floor(keep + uniform).reshape(-1, *[1] * (x.ndim - 1))
+  return x / keep.astype(x.dtype) * kept.astype(x.dtype)
+
+
+class Block(nn.Module):
+  """Pre-norm transformer block: x [B, N, D] -> (x, x if taps else None); the pair is what a scan over depth needs.
+
+  `drop` is None, or a pair for stochastic depth: uniforms [B, 2] (attention, MLP) and the rate of this block.
+  """
+
+  heads: int
+  mlp_ratio: float = 4
+  eps: float = 1e-6
+  dtype: str = 'float32'
+  taps: bool = False
+
+  @nn.compact
+  def __call__(self, x, drop=None):
+    def branch(y, i):
+      return y if drop is None else drop_path(y, drop[0][:, i], drop[1])
+
+    width = x.shape[-1]
+    y = LayerNorm(self.eps, self.dtype, name='norm1')(x)
+    x = x + branch(SelfAttention(self.heads, self.dtype, name='attn')(y), 0)
+    y = LayerNorm(self.eps, self.dtype, name='norm2')(x)
+    x = x + branch(Mlp(int(width * self.mlp_ratio), self.dtype, name='mlp')(y), 1)
+    return x, x if self.taps else None
+
+
+REMAT = {
+  'dots': jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims,  # keeps products with weights, computes the rest again
+  'full': jax.checkpoint_policies.nothing_saveable,
+}
+
+
+def stack(block, depth: int, scan: bool, remat: str):
+  """A module class that applies `block` `depth` times: (x, drop) -> (x, taps stacked on a leading axis, or None).
+
+  `drop`, where given, has depth as its leading axis. Raises ValueError for an unknown `remat`.
+  """
+  if remat != 'none':
+    if remat not in REMAT:
+      raise ValueError(f'remat {remat!r} is unknown; known: none, {", ".join(REMAT)}')
+    block = nn.remat(block, policy=REMAT[remat], prevent_cse=not scan)
+  return nn.scan(
+    block,
+    variable_axes={'params': 0},
+    split_rngs={'params': True},
+    in_axes=0,
+    length=depth,
+    unroll=1 if scan else depth,
+  )

@@ -1,0 +1,118 @@
+"""Plain vision transformer encoder for images and volumes, with optional dropping of tokens before the first block."""
+
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from mim_jax.errors import ConfigError
+from mim_jax.models import blocks, posemb
+from mim_jax.ops import masking, patches
+
+# width, depth, heads. Ti and S: Touvron et al. 2021, table 1; B, L, H: Dosovitskiy et al. 2021, table 1; mu: for tests.
+SIZES = {
+  'mu': (32, 1, 2),
+  'Ti': (192, 12, 3),
+  'S': (384, 12, 6),
+  'B': (768, 12, 12),
+  'L': (1024, 24, 16),
+  'H': (1280, 32, 16),
+}
+
+
+def size(name: str) -> dict[str, int]:
+  """Width, depth and heads of a named size, or of 'width/depth/heads' such as '128/4/4'."""
+  numbers = SIZES.get(name) or tuple(int(part) for part in name.split('/') if part.isdigit())
+  if len(numbers) != 3:
+    raise ConfigError(f"size {name!r} is neither one of {', '.join(SIZES)} nor 'width/depth/heads' such as '128/4/4'")
+  width, depth, heads = numbers
+  if width % heads:
+    raise ConfigError(f'size {name!r}: width {width} is not a multiple of {heads} heads')
+  return dict(width=width, depth=depth, heads=heads)
+
+
+def conv_bias(fan_in):
+  """Uniform in +-1/sqrt(fan_in): how PyTorch starts the bias of a convolution. facebookresearch/mae resets the patch weight only."""
+  bound = 1 / math.sqrt(fan_in)
+  return lambda key, shape, dtype=jnp.float32: jax.random.uniform(key, shape, dtype, -bound, bound)
+
+
+def sides(value, rank: int) -> tuple[int, ...]:
+  """One side for every spatial axis (an int) or a side for each (a tuple of `rank`) -> tuple of `rank`."""
+  given = (value,) * rank if isinstance(value, int) else tuple(value)
+  if len(given) != rank:
+    raise ConfigError(f'{value} gives {len(given)} sides, expected one number or {rank}')
+  return given
+
+
+class ViT(nn.Module):
+  """Image or volume -> tokens.
+
+  Attributes:
+    width, depth, heads, mlp_ratio, eps: of the blocks (eps of every LayerNorm).
+    patch, grid: patch side and number of patches per spatial axis.
+    pos: 'sincos' (a fixed table, no parameter) or 'learned' (a parameter that starts as that table).
+    final_norm: LayerNorm after the last block.
+    drop_path: stochastic depth of the last block; it grows linearly from 0 at the first (facebookresearch/mae, models_vit.py).
+    scan, remat: see `blocks.stack`.
+  """
+
+  width: int
+  depth: int
+  heads: int
+  patch: tuple[int, ...]
+  grid: tuple[int, ...]
+  mlp_ratio: float = 4
+  pos: str = 'sincos'
+  final_norm: bool = True
+  drop_path: float = 0.0
+  eps: float = 1e-6
+  dtype: str = 'float32'
+  scan: bool = True
+  remat: str = 'none'
+
+  @property
+  def table(self):
+    """Sin-cos table [1, 1 + N, D] float32 with a zero row for the class token."""
+    return posemb.sincos(self.grid, self.width, cls=True)[None]
+
+  @nn.compact
+  def __call__(self, image, keep_ids=None, drop=None, taps=False):
+    """image [B, *spatial, C], keep_ids [B, K] (all patches when None) -> tokens [B, 1 + K, D], class token first.
+
+    Pixels of patches that are not kept are never touched: patches are gathered before they are embedded.
+
+    Args:
+      drop: [B, depth, 2] uniforms for stochastic depth, or None for none of it.
+      taps: also return {'tokens': embedded patches [B, K, D] before positions, 'input': what the first block receives [B, 1 + K, D],
+        'layers': output of every block [L, B, 1 + K, D]}.
+    """
+    x = patches.patchify(image, self.patch)
+    if x.shape[1] != math.prod(self.grid):
+      raise ValueError(
+        f'image {image.shape[1:-1]} gives {x.shape[1]} patches of {self.patch}, the encoder was made for a grid of {self.grid}'
+      )
+    if keep_ids is not None:
+      x = masking.take(x, keep_ids)
+    embedded = blocks.Dense(self.width, self.dtype, conv_bias(x.shape[-1]), name='patch_embed')(x)
+
+    table = (
+      self.param('pos_embed', lambda key: jnp.asarray(self.table)) if self.pos == 'learned' else jnp.asarray(self.table)
+    )
+    cls_token = self.param('cls_token', nn.initializers.normal(0.02), (1, 1, self.width))
+    rows = (
+      table[:, 1:]
+      if keep_ids is None
+      else masking.take(jnp.broadcast_to(table[:, 1:], (x.shape[0], *table[:, 1:].shape[1:])), keep_ids)
+    )
+    first = jnp.broadcast_to(cls_token + table[:, :1], (x.shape[0], 1, self.width))
+    tokens = jnp.concatenate([first.astype(self.dtype), embedded + rows.astype(self.dtype)], axis=1)
+
+    if drop is not None:
+      drop = (drop.swapaxes(0, 1), jnp.linspace(0, self.drop_path, self.depth, dtype=jnp.float32))
+    layer = blocks.stack(blocks.Block, self.depth, self.scan, self.remat)
+    y, layers = layer(self.heads, self.mlp_ratio, self.eps, self.dtype, taps, name='blocks')(tokens, drop)
+    if self.final_norm:
+      y = blocks.LayerNorm(self.eps, self.dtype, name='norm')(y)
+    return (y, {'tokens': embedded, 'input': tokens, 'layers': layers}) if taps else y

@@ -1,0 +1,1 @@
+"""What is known of the official releases: parameter names both ways, and replays of reference numbers."""

@@ -1,0 +1,10 @@
+"""Scaled dot-product attention."""
+
+import jax
+import jax.numpy as jnp
+
+
+def attention(q, k, v):
+  """softmax(q k^T / sqrt(d)) v, softmax in float32: q [B, N, H, d], k and v [B, M, H, d] -> [B, N, H, d] in q's dtype."""
+  logits = jnp.einsum('bnhd,bmhd->bhnm', q * q.shape[-1] ** -0.5, k, preferred_element_type=jnp.float32)
+  return jnp.einsum('bhnm,bmhd->bnhd', jax.nn.softmax(logits).astype(v.dtype), v)

@@ -1,0 +1,1 @@
+"""Devices: process start-up, the mesh, and which array lies where."""
