@@ -26,6 +26,12 @@ def rng():
 
 
 @pytest.fixture(scope='session')
+def root():
+  """The checkout."""
+  return ROOT
+
+
+@pytest.fixture(scope='session')
 def goldens():
   """Folder of reference cases, CASE.safetensors + CASE.json."""
   return GOLDENS
