@@ -1,0 +1,1 @@
+"""Evaluators: each takes an encoder and its own data and returns named figures; none knows a method."""

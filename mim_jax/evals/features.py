@@ -1,0 +1,258 @@
+"""Features of whole data sets: what an evaluator gets instead of a method.
+
+An `Encoder` turns a batch into pooled features by name. `extract` runs it over a data set, exactly: padding and
+unreadable examples are left out, every process gets all rows in the order of the data set, whatever the number of
+devices.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from mim_jax.errors import ConfigError, UserError, nearest
+
+MARKS = ('weight', 'corrupt')  # fields that the pipeline adds and an encoder does not see
+
+
+class Interrupted(Exception):
+  """An evaluator stopped between two batches because `Context.stop()` said so; nothing was recorded, run it again."""
+
+
+@dataclasses.dataclass
+class Context:
+  """What an evaluator may use of the run around it.
+
+  Attributes:
+    mesh: devices of the run.
+    open_source: (spec) -> data source with `len()` and `classes(field)`.
+    open_batches: (source, transforms, batch_size, fields, shuffle=None) -> iterator of dicts of global device arrays,
+      leading dim batch_size over the mesh. shuffle=None: each example once, in order, the last batch padded, 'weight'
+      [B] 1 for examples and 0 for padding. shuffle=seed: full batches without end, in a new order with new augmentation
+      draws every epoch.
+    stop: polled between batches; the same answer on every process.
+    picture: (name, uint8 [H, W, C]) saves an image beside the figures.
+    say: prints one line.
+    memo: features already extracted, by encoder and source; `Suite` empties it after each encoder.
+  """
+
+  mesh: Mesh
+  open_source: Callable[[str], Any]
+  open_batches: Callable[..., Iterator[dict]]
+  stop: Callable[[], bool] = lambda: False
+  picture: Callable[[str, np.ndarray], None] = lambda name, array: None
+  say: Callable[[str], None] = print
+  memo: dict = dataclasses.field(default_factory=dict)
+
+  def check_stop(self):
+    if self.stop():
+      raise Interrupted
+
+
+@dataclasses.dataclass(frozen=True)
+class Encoder:
+  """A frozen network (or none) under evaluation.
+
+  Attributes:
+    name: 'trained', 'untrained' or 'pixels'.
+    apply: (variables, batch) -> {feature name: [B, D]}, pure. Encoders that share it share its compiled forms.
+    variables: tree of arrays, sharded as they are.
+  """
+
+  name: str
+  apply: Callable[[Any, Mapping[str, jax.Array]], dict[str, jax.Array]]
+  variables: Any = dataclasses.field(default_factory=dict)
+
+
+@functools.lru_cache(maxsize=16)
+def _program(apply, mesh):
+  """Features, labels and marks of a batch in one program: two at once may deadlock on CPU over several processes."""
+
+  def program(variables, batch, label, names):
+    given = {name: value for name, value in batch.items() if name not in (label, *MARKS)}
+    features = apply(variables, given)
+    keep = batch['weight'] > 0 if 'weight' in batch else jnp.ones(len(batch[label]), bool)
+    keep &= ~batch['corrupt'] if 'corrupt' in batch else True
+    return {name: features[name].astype(jnp.float32) for name in names}, batch[label], keep
+
+  return jax.jit(program, static_argnums=(2, 3), out_shardings=NamedSharding(mesh, PartitionSpec()))
+
+
+def pool(encoded: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+  """What `Method.encode` returns -> features [B, D] by name.
+
+  'mean' is the mean over patch tokens, 'cls' the class token and 'both' the two beside each other [B, 2 D]; with
+  'layers' also 'layer1/mean', 'layer1/cls' and so on, where several class tokens are averaged.
+  """
+  tokens = encoded['tokens'].astype(jnp.float32)
+  features = {'mean': jnp.mean(tokens, axis=1)}
+  if 'cls' in encoded:
+    features['cls'] = encoded['cls'].astype(jnp.float32)
+    features['both'] = jnp.concatenate([features['cls'], features['mean']], axis=-1)
+  for i, layer in enumerate(encoded.get('layers', ()), start=1):
+    extra = layer.shape[1] - tokens.shape[1]
+    features[f'layer{i}/mean'] = jnp.mean(layer[:, extra:].astype(jnp.float32), axis=1)
+    if extra:
+      features[f'layer{i}/cls'] = jnp.mean(layer[:, :extra].astype(jnp.float32), axis=1)
+  return features
+
+
+@functools.lru_cache(maxsize=16)
+def _pooled(encode):
+  return lambda variables, batch: pool(encode(variables['params'], batch, variables['state']))
+
+
+def from_method(method, params, state, name: str = 'trained') -> Encoder:
+  """The encoder of a method: pooled features of `method.encode(params, batch, state)`, see `pool` for their names."""
+  return Encoder(name, _pooled(method.encode), {'params': params, 'state': state})
+
+
+@functools.lru_cache(maxsize=16)
+def _pixels(size, field):
+  def apply(variables, batch):
+    del variables
+    image = batch[field].astype(jnp.float32)
+    shape = (image.shape[0], *(min(side, size) for side in image.shape[1:-1]), image.shape[-1])
+    return {'pixels': jax.image.resize(image, shape, 'linear').reshape(image.shape[0], -1)}
+
+  return apply
+
+
+def raw_pixels(size: int = 32, field: str = 'image') -> Encoder:
+  """The baseline without a network: the image [B, *spatial, C] as one vector, sides shrunk (antialiased) to `size`."""
+  return Encoder('pixels', _pixels(size, field))
+
+
+def of_batch(encoder: Encoder, batch: Mapping[str, jax.Array], mesh: Mesh, names: Sequence[str], label: str):
+  """Features {name: [B, D] float32}, labels [B, ...] and keep [B] bool of a global batch, whole on every device.
+
+  keep is False for padding ('weight' 0) and for stand-ins of unreadable examples ('corrupt'); `names` as `resolve`
+  gives them.
+  """
+  return _program(encoder.apply, mesh)(encoder.variables, dict(batch), label, tuple(names))
+
+
+def resolve(encoder: Encoder, names: str, batch, label: str) -> tuple[str, ...]:
+  """Asked names, with commas -> names of this encoder for batches such as `batch`.
+
+  'auto' is 'cls', or 'mean' without class token. An encoder with a single kind of features (pixels) gives that one,
+  whatever was asked.
+
+  Raises:
+    ConfigError: a name it does not have.
+    UserError: the batch has no field `label`.
+  """
+  if label not in batch:
+    raise UserError(
+      f'an evaluation batch lacks its label field {label!r}; it holds {", ".join(sorted(batch))}; '
+      'name the right one in evals.<name>.label'
+    )
+  have = list(
+    jax.eval_shape(encoder.apply, encoder.variables, {k: v for k, v in batch.items() if k not in (label, *MARKS)})
+  )
+  if len(have) == 1:
+    return tuple(have)
+  auto = 'cls' if 'cls' in have else 'mean'
+  asked = [auto if name.strip() == 'auto' else name.strip() for name in names.split(',')]
+  for name in asked:
+    if name not in have:
+      raise ConfigError(f'features {name!r} are not among those of the {encoder.name} encoder; {nearest(name, have)}')
+  return tuple(dict.fromkeys(asked))
+
+
+def extract(
+  encoder: Encoder,
+  batches: Iterable[Mapping[str, jax.Array]],
+  mesh: Mesh,
+  stop: Callable[[], bool] = lambda: False,
+  names: str = 'auto',
+  label: str = 'label',
+) -> tuple[dict[str, np.ndarray], np.ndarray]:
+  """Features and labels of every example, in order, the same on every process.
+
+  Args:
+    batches: global batches, see `of_batch` for rows that are left out.
+    names: see `resolve`.
+
+  Returns:
+    {name: [n, D] float32}, labels [n, ...].
+
+  Raises:
+    Interrupted: `stop()` said so between two batches.
+    UserError: no example, a feature that is not finite, or no label.
+  """
+  rows, labels, pending, chosen = [], [], None, None
+
+  def fetch(out):
+    values, target, keep = jax.tree.map(np.asarray, out)
+    rows.append({name: value[keep] for name, value in values.items()})
+    labels.append(target[keep])
+
+  for batch in batches:
+    if stop():
+      raise Interrupted
+    chosen = chosen or resolve(encoder, names, batch, label)
+    if pending is not None:  # fetched after the next batch was read, so that devices and readers work at the same time
+      fetch(pending)
+    pending = of_batch(encoder, batch, mesh, chosen, label)
+  if pending is not None:
+    fetch(pending)
+  if not sum(len(part) for part in labels):
+    raise UserError('the evaluation data holds no example; check its source and split')
+  features = {name: np.concatenate([part[name] for part in rows]) for name in rows[0]}
+  for name, value in features.items():
+    bad = np.count_nonzero(~np.isfinite(value).all(axis=1))
+    if bad:
+      raise UserError(
+        f'{bad} of {len(value)} examples have {name!r} features of the {encoder.name} encoder that are not finite'
+      )
+  return features, np.concatenate(labels)
+
+
+def of_source(encoder: Encoder, ctx: Context, cfg, source: str) -> tuple[dict[str, np.ndarray], np.ndarray]:
+  """`extract` over a data source with an evaluator's settings (transforms, batch_size, fields, label, features).
+
+  What is in `ctx.memo` already is taken from there.
+  """
+  fields = (*cfg.fields, cfg.label)
+  key = (encoder.name, source, cfg.transforms, fields, cfg.features)
+  if key not in ctx.memo:
+    batches = ctx.open_batches(source, cfg.transforms, cfg.batch_size, fields)
+    ctx.memo[key] = extract(encoder, batches, ctx.mesh, ctx.stop, cfg.features, cfg.label)
+  return ctx.memo[key]
+
+
+def class_labels(labels, source: str) -> np.ndarray:
+  """[n] int32 class numbers; raises UserError if they are not whole numbers from 0."""
+  if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer) or labels.min() < 0:
+    raise UserError(
+      f'labels of {source} are {labels.dtype} of shape {labels.shape}, smallest {labels.min()}: '
+      'expected one class number from 0 per example; choose another label field or a split that has labels'
+    )
+  return labels.astype(np.int32)
+
+
+def train_and_test(encoder: Encoder, ctx: Context, cfg):
+  """(train features, train labels, test features, test labels, number of classes) of a classifier's two sources."""
+  train, train_labels = of_source(encoder, ctx, cfg, cfg.train)
+  test, test_labels = of_source(encoder, ctx, cfg, cfg.test)
+  train_labels, test_labels = class_labels(train_labels, cfg.train), class_labels(test_labels, cfg.test)
+  return train, train_labels, test, test_labels, int(max(train_labels.max(), test_labels.max())) + 1
+
+
+def best_of(figures: Mapping[str, Mapping[str, float]], by: str = 'top1') -> dict[str, float]:
+  """{kind of features: {figure: value}} -> flat figures of the kind that is best in `by`.
+
+  With several kinds, those of each are also there, as 'kind/figure'. The best is chosen on the figures themselves, that
+  is on the test set: say so where it is quoted.
+  """
+  best = max(figures, key=lambda name: figures[name][by])
+  flat = dict(figures[best])
+  if len(figures) > 1:
+    flat.update({f'{name}/{key}': value for name, values in figures.items() for key, value in values.items()})
+  return flat
