@@ -22,6 +22,7 @@ import ml_collections
 from absl import flags
 from ml_collections import config_flags
 
+import mim_jax
 from mim_jax.errors import ConfigError, nearest
 
 
@@ -157,8 +158,9 @@ def load(args: Sequence[str]) -> ml_collections.ConfigDict:
     if not arg.startswith('--config'):
       raise ConfigError(f'unknown argument {arg!r}; a config value is set by --config.key=value')
   values = flags.FlagValues()
+  args = [f'--config={file}:{argument}' if arg == f'--config={path}' else arg for arg in args]
   config_flags.DEFINE_config_file('config', flag_values=values, sys_argv=['mim-jax', *args])
-  known = leaves(_recipe(file, path.partition(':')[2]))
+  known = leaves(_recipe(file, argument))
   for arg in args:
     key = arg.partition('=')[0].removeprefix('--config')
     if key and key.removeprefix('.') not in known:

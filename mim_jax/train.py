@@ -1,6 +1,7 @@
 """One run: `python -m mim_jax.train --config=configs/mae.py:debug --workdir=runs/mae [--config.key=value ...]`.
 
-Started again with the same arguments it goes on where the newest good checkpoint of the folder stands.
+Started again with the same arguments it goes on where the newest good checkpoint of the folder stands. Exit codes: 0 done, 2 the config, data
+or checkpoint cannot be used, 143 asked to stop and saved.
 """
 
 import argparse
@@ -34,7 +35,7 @@ def main(argv=None) -> int:
     return 2
   except trainer.Stopped as stop:
     print(stop)
-    return 0
+    return 143  # as a process ended by SIGTERM, so that a scheduler does not take the run for a finished one
   return 0
 
 

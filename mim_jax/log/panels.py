@@ -5,7 +5,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from mim_jax.data import chain
+from mim_jax.data import images
 from mim_jax.log import pictures
 from mim_jax.log.writer import series
 
@@ -42,7 +42,7 @@ def pixel_scale(transforms: str, channels: int) -> tuple[np.ndarray, np.ndarray]
   Found by sending both through the batch part of the chain, so it holds for any normalisation.
   """
   ends = np.array([0, 255], np.uint8)
-  black, white = chain.parse(transforms).batch({'image': np.tile(ends[:, None, None, None], (1, 1, 1, channels))})['image'].astype(np.float32)
+  black, white = images.parse(transforms).batch({'image': np.tile(ends[:, None, None, None], (1, 1, 1, channels))})['image'].astype(np.float32)
   return black[0, 0], white[0, 0] - black[0, 0]
 
 

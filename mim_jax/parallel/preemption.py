@@ -25,7 +25,8 @@ class StopSignal:
   def _catch(self, number, frame):
     del frame
     self._asked = True
-    signal.signal(number, self._previous[number])
+    if number == signal.SIGINT:  # schedulers may repeat SIGTERM, a person who repeats Ctrl-C means it
+      signal.signal(number, self._previous[number])
 
   def __call__(self) -> bool:
     if jax.process_count() > 1:

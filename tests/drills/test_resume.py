@@ -64,7 +64,7 @@ def test_a_stopped_run_goes_on_as_if_it_had_not(tmp_path, data, whole, drill):
   if drill.startswith('kill'):
     assert stopped.returncode == -signal.SIGKILL, stopped.stderr
   else:
-    assert stopped.returncode == 0 and 'stopped at step' in stopped.stdout, stopped.stderr
+    assert stopped.returncode == 143 and 'stopped at step' in stopped.stdout, stopped.stderr
   again = start(tmp_path, data)
   assert again.returncode == 0, again.stderr
   assert 'resuming at step' in again.stderr
