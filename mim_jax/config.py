@@ -149,11 +149,11 @@ def load(args: Sequence[str]) -> ml_collections.ConfigDict:
     raise ConfigError(
       'no recipe given: expected --config=FILE.py[:argument], for example --config=configs/mae.py:debug'
     )
-  file = Path(path.partition(':')[0])
-  if not file.is_file():
-    raise ConfigError(
-      f'{file}: no such recipe (looked in {file.absolute().parent}); recipes of this project are in configs/'
-    )
+  name, _, argument = path.partition(':')
+  package = Path(mim_jax.__file__).parent  # recipes lie beside the package in a checkout and inside it in a wheel
+  file = next((root / name for root in (Path(), package.parent, package) if (root / name).is_file()), None)
+  if file is None:
+    raise ConfigError(f'{name}: no such recipe in {Path().absolute()} or {package.parent}; those of this project are configs/*.py')
   for arg in args:
     if not arg.startswith('--config'):
       raise ConfigError(f'unknown argument {arg!r}; a config value is set by --config.key=value')

@@ -13,6 +13,7 @@ from typing import Any
 import ml_collections
 
 from mim_jax import durations
+from mim_jax.data import mixtures
 from mim_jax.errors import ConfigError, nearest
 from mim_jax.evals import features
 from mim_jax.evals.features import Context, Encoder, Interrupted
@@ -111,7 +112,7 @@ def _source(spec: str, own: str, where: str) -> str:
   if not spec.startswith(':'):
     return spec
   kind, _, rest = own.partition(':')
-  if kind in SPLIT_SOURCES and rest and ',' not in own:
+  if kind in SPLIT_SOURCES and rest and len(mixtures.split_spec(own)) == 1:
     return f'{kind}:{rest.split(":")[0]}{spec}'
   if own and spec == ':train':
     return own

@@ -21,18 +21,19 @@ def xavier_uniform(fan_in, fan_out):
 
 
 class Dense(nn.Module):
-  """x [..., in] -> [..., out] with xavier-uniform kernel [in, out] and zero bias, computed in `dtype`."""
+  """x [..., in] -> [..., out] with xavier-uniform kernel [in, out] and zero bias (unless `use_bias` is off), computed in `dtype`."""
 
   features: int
   dtype: str = 'float32'
   bias_init: nn.initializers.Initializer = zeros
+  use_bias: bool = True
 
   @nn.compact
   def __call__(self, x):
     fan_in = x.shape[-1]
     kernel = self.param('kernel', xavier_uniform(fan_in, self.features), (fan_in, self.features))
-    bias = self.param('bias', self.bias_init, (self.features,))
-    return jnp.dot(x.astype(self.dtype), kernel.astype(self.dtype)) + bias.astype(self.dtype)
+    y = jnp.dot(x.astype(self.dtype), kernel.astype(self.dtype))
+    return y + self.param('bias', self.bias_init, (self.features,)).astype(self.dtype) if self.use_bias else y
 
 
 class Qkv(nn.Module):
@@ -43,14 +44,15 @@ class Qkv(nn.Module):
 
   heads: int
   dtype: str = 'float32'
+  use_bias: bool = True
 
   @nn.compact
   def __call__(self, x):
     width = x.shape[-1]
     shape = (3, self.heads, width // self.heads)
     kernel = self.param('kernel', xavier_uniform(width, 3 * width), (width, *shape))
-    bias = self.param('bias', zeros, shape)
-    return jnp.einsum('bnd,dchk->bnchk', x.astype(self.dtype), kernel.astype(self.dtype)) + bias.astype(self.dtype)
+    y = jnp.einsum('bnd,dchk->bnchk', x.astype(self.dtype), kernel.astype(self.dtype))
+    return y + self.param('bias', zeros, shape).astype(self.dtype) if self.use_bias else y
 
 
 class MergeHeads(nn.Module):
@@ -68,28 +70,71 @@ class MergeHeads(nn.Module):
 
 
 class SelfAttention(nn.Module):
-  """Multi-head self-attention: x [B, N, D] -> [B, N, D]."""
+  """Multi-head self-attention: x [B, N, D] -> [B, N, D].
+
+  With `show` the attention comes too, float32 [B, H, rows, N]: of the first token ('cls', rows = 1) or of all ('all', rows = N).
+  """
 
   heads: int
   dtype: str = 'float32'
+  qkv_bias: bool = True
+  show: str = ''
 
   @nn.compact
   def __call__(self, x):
-    qkv = Qkv(self.heads, self.dtype, name='qkv')(x)
-    y = attention.attention(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2])
-    return MergeHeads(x.shape[-1], self.dtype, name='proj')(y)
+    qkv = Qkv(self.heads, self.dtype, self.qkv_bias, name='qkv')(x)
+    q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
+    y = MergeHeads(x.shape[-1], self.dtype, name='proj')(attention.attention(q, k, v))
+    if not self.show:
+      return y
+    return y, attention.weights(q[:, :1] if self.show == 'cls' else q, k)
+
+
+def quick_gelu(x):
+  """x sigmoid(1.702 x), the GELU of OpenAI's CLIP."""
+  return x * nn.sigmoid(1.702 * x)
+
+
+def swiglu(x):
+  """silu(first half) times second half: [..., 2 n] -> [..., n] (DINOv2's giant)."""
+  gate, value = jnp.split(x, 2, axis=-1)
+  return nn.silu(gate) * value
+
+
+ACTIVATIONS = {
+  'gelu': lambda x: nn.gelu(x, approximate=False),
+  'gelu_tanh': lambda x: nn.gelu(x, approximate=True),
+  'quick_gelu': quick_gelu,
+  'swiglu': swiglu,
+}
 
 
 class Mlp(nn.Module):
-  """Two dense layers with an exact (erf) GELU between: x [..., D] -> [..., D]."""
+  """Two dense layers with an activation between, by default the exact (erf) GELU: x [..., D] -> [..., D].
+
+  `hidden` is the width that the second layer receives; 'swiglu' makes the first one twice as wide.
+  """
 
   hidden: int
+  dtype: str = 'float32'
+  activation: str = 'gelu'
+
+  @nn.compact
+  def __call__(self, x):
+    features = 2 * self.hidden if self.activation == 'swiglu' else self.hidden
+    y = ACTIVATIONS[self.activation](Dense(features, self.dtype, name='fc1')(x))
+    return Dense(x.shape[-1], self.dtype, name='fc2')(y)
+
+
+class LayerScale(nn.Module):
+  """x [..., D] times a learned scale [D] that starts at `initial` (Touvron et al. 2021, "Going deeper")."""
+
+  initial: float
   dtype: str = 'float32'
 
   @nn.compact
   def __call__(self, x):
-    y = nn.gelu(Dense(self.hidden, self.dtype, name='fc1')(x), approximate=False)
-    return Dense(x.shape[-1], self.dtype, name='fc2')(y)
+    return x * self.param('scale', nn.initializers.constant(self.initial), (x.shape[-1],)).astype(self.dtype)
 
 
 class LayerNorm(nn.LayerNorm):
@@ -110,6 +155,10 @@ class Block(nn.Module):
   """Pre-norm transformer block: x [B, N, D] -> (x, x if taps else None); the pair is what a scan over depth needs.
 
   `drop` is None, or a pair for stochastic depth: uniforms [B, 2] (attention, MLP) and the rate of this block.
+
+  Attributes:
+    layer_scale: start of a learned scale of either branch; 0 for none.
+    show: see `SelfAttention`; the pair is then (x, (x if taps else None, attention)).
   """
 
   heads: int
@@ -117,18 +166,27 @@ class Block(nn.Module):
   eps: float = 1e-6
   dtype: str = 'float32'
   taps: bool = False
+  qkv_bias: bool = True
+  activation: str = 'gelu'
+  layer_scale: float = 0.0
+  show: str = ''
 
   @nn.compact
   def __call__(self, x, drop=None):
     def branch(y, i):
+      if self.layer_scale:
+        y = LayerScale(self.layer_scale, self.dtype, name=f'layer_scale{i + 1}')(y)
       return y if drop is None else drop_path(y, drop[0][:, i], drop[1])
 
-    width = x.shape[-1]
+    hidden = int(x.shape[-1] * self.mlp_ratio + 1e-6)  # a ratio such as 4096 / 1536 falls short of the whole number
     y = LayerNorm(self.eps, self.dtype, name='norm1')(x)
-    x = x + branch(SelfAttention(self.heads, self.dtype, name='attn')(y), 0)
+    y = SelfAttention(self.heads, self.dtype, self.qkv_bias, self.show, name='attn')(y)
+    y, weights = y if self.show else (y, None)
+    x = x + branch(y, 0)
     y = LayerNorm(self.eps, self.dtype, name='norm2')(x)
-    x = x + branch(Mlp(int(width * self.mlp_ratio), self.dtype, name='mlp')(y), 1)
-    return x, x if self.taps else None
+    x = x + branch(Mlp(hidden, self.dtype, self.activation, name='mlp')(y), 1)
+    taps = x if self.taps else None
+    return x, (taps, weights) if self.show else taps
 
 
 REMAT = {

@@ -1,7 +1,7 @@
 """Position tables: fixed sin-cos tables for grids of any rank, and moving a table from one grid to another.
 
-Everything here is a constant of the grid sizes, made once in numpy. Only `resample` also takes traced arrays, for models that
-resample a trained table in their forward pass.
+Everything here is a constant of the grid sizes, made once in numpy. Only `resample` also takes traced arrays, for
+models that resample a trained table in their forward pass.
 """
 
 import math
@@ -17,14 +17,14 @@ TEMPERATURE = 10000.0
 def sincos(grid: Sequence[int], width: int, order: Sequence[int] | None = None, cls: bool = False) -> np.ndarray:
   """Fixed sin-cos table of a grid -> [N, width] float32, or [1 + N, width] with a zero row first for the class token.
 
-  Each axis of the grid owns width / rank columns: the sines, then the cosines, of its coordinate times 10000^(-i/m), i = 0..m-1,
-  m = width / (2 rank). Rows are in raster order (last axis fastest). Computed in float64, as facebookresearch/mae
-  util/pos_embed.py does.
+  Each axis of the grid owns width / rank columns: the sines, then the cosines, of its coordinate times 10000^(-i/m),
+  i = 0..m-1, m = width / (2 rank). Rows are in raster order (last axis fastest). Computed in float64, as
+  facebookresearch/mae util/pos_embed.py does.
 
   Args:
     grid: patches per axis, for instance (rows, columns) or (height, width, depth).
-    order: which axis owns the first columns, the second, ... By default (1, 0) for two axes, which is MAE's order (column, then
-      row), and (0, 1, 2, ...) otherwise, which is Hi-End-MAE's for volumes. CAE takes (0, 1).
+    order: which axis owns the first columns, the second, ... By default (1, 0) for two axes, which is MAE's order
+      (column, then row), and (0, 1, 2, ...) otherwise, which is Hi-End-MAE's for volumes. CAE takes (0, 1).
     cls: put the zero row in front.
 
   Raises:
@@ -48,10 +48,10 @@ def sincos(grid: Sequence[int], width: int, order: Sequence[int] | None = None, 
 
 
 def cubic_matrix(old: int, new: int) -> np.ndarray:
-  """Weights [new, old] float32 of a cubic resize of one axis, as `torch.nn.functional.interpolate(mode='bicubic')` has them.
+  """Weights [new, old] float32 of a cubic resize of one axis, as PyTorch's `interpolate(mode='bicubic')` has them.
 
-  Kernel with a = -0.75, half-pixel centres, no antialiasing when shrinking, taps outside clamped to the border and weights not
-  renormalised. `jax.image.resize` differs in all of these but the second. Coordinates are float32 because PyTorch's are.
+  Kernel with a = -0.75, half-pixel centres, no antialiasing when shrinking, taps outside clamped to the border, weights
+  not renormalised. `jax.image.resize` differs in all of these but the second. Coordinates are float32 as PyTorch's are.
   """
   a = np.float32(-0.75)
   source = np.float32(old / new) * (np.arange(new, dtype=np.float32) + np.float32(0.5)) - np.float32(0.5)
@@ -67,10 +67,10 @@ def cubic_matrix(old: int, new: int) -> np.ndarray:
 
 
 def resample(table, old_grid: Sequence[int], new_grid: Sequence[int], cls_rows: int = 0):
-  """Moves a position table to another grid: [..., cls_rows + N, D] -> [..., cls_rows + N', D], same dtype and kind of array.
+  """Moves a position table to another grid: [..., cls_rows + N, D] -> [..., cls_rows + N', D], of the same dtype.
 
-  Patch rows are resized by `cubic_matrix` along each axis; the first `cls_rows` rows are kept as they are. For two axes this is
-  facebookresearch/mae util/pos_embed.py `interpolate_pos_embed`; for one and three it is the same kernel on each axis.
+  Patch rows are resized by `cubic_matrix` along each axis; the first `cls_rows` rows are kept as they are. For two axes
+  this is facebookresearch/mae util/pos_embed.py `interpolate_pos_embed`; for one and three the same kernel per axis.
 
   Args:
     table: numpy or JAX array (also traced), float.
@@ -79,10 +79,10 @@ def resample(table, old_grid: Sequence[int], new_grid: Sequence[int], cls_rows: 
     ValueError: the table does not have cls_rows + prod(old_grid) rows, or the grids differ in rank.
   """
   if len(old_grid) != len(new_grid):
-    raise ValueError(f'a table for {len(old_grid)} axes {tuple(old_grid)} cannot become one for {len(new_grid)} axes {tuple(new_grid)}')
-  rows = table.shape[-2]
-  if rows != cls_rows + math.prod(old_grid):
-    raise ValueError(f'table has {rows} rows; a grid of {tuple(old_grid)} with {cls_rows} class rows has {cls_rows + math.prod(old_grid)}')
+    raise ValueError(f'a table of a grid {tuple(old_grid)} cannot become one of {tuple(new_grid)}: other axes')
+  rows, expected = table.shape[-2], cls_rows + math.prod(old_grid)
+  if rows != expected:
+    raise ValueError(f'table has {rows} rows; a grid {tuple(old_grid)} with {cls_rows} class rows has {expected}')
   if tuple(old_grid) == tuple(new_grid):
     return table
   xp = jnp if isinstance(table, jax.Array) else np

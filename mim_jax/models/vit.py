@@ -54,6 +54,12 @@ class ViT(nn.Module):
     patch, grid: patch side and number of patches per spatial axis.
     pos: 'sincos' (a fixed table, no parameter) or 'learned' (a parameter that starts as that table).
     final_norm: LayerNorm after the last block.
+    cls: a class token comes first; without one the table has no row for it.
+    registers: learned tokens without position after the class token (Darcet et al. 2024).
+    patch_bias, qkv_bias: whether these layers have a bias (CLIP's patches have none).
+    embed_norm: LayerNorm before the first block (CLIP).
+    activation: of the MLP, see `blocks.ACTIVATIONS`.
+    layer_scale: see `blocks.Block`.
     drop_path: stochastic depth of the last block; it grows linearly from 0 at the first (facebookresearch/mae, models_vit.py).
     scan, remat: see `blocks.stack`.
   """
@@ -71,15 +77,27 @@ class ViT(nn.Module):
   dtype: str = 'float32'
   scan: bool = True
   remat: str = 'none'
+  cls: bool = True
+  registers: int = 0
+  patch_bias: bool = True
+  qkv_bias: bool = True
+  embed_norm: bool = False
+  activation: str = 'gelu'
+  layer_scale: float = 0.0
 
   @property
   def table(self):
-    """Sin-cos table [1, 1 + N, D] float32 with a zero row for the class token."""
-    return posemb.sincos(self.grid, self.width, cls=True)[None]
+    """Sin-cos table [1, cls + N, D] float32 with a zero row for the class token."""
+    return posemb.sincos(self.grid, self.width, cls=self.cls)[None]
+
+  @property
+  def prefix(self) -> int:
+    """Tokens before those of the patches."""
+    return self.cls + self.registers
 
   @nn.compact
-  def __call__(self, image, keep_ids=None, drop=None, taps=False):
-    """image [B, *spatial, C], keep_ids [B, K] (all patches when None) -> tokens [B, 1 + K, D], class token first.
+  def __call__(self, image, keep_ids=None, drop=None, taps=False, show=''):
+    """image [B, *spatial, C], keep_ids [B, K] (all patches when None) -> tokens [B, prefix + K, D]: class token, registers, patches.
 
     Pixels of patches that are not kept are never touched: patches are gathered before they are embedded.
 
@@ -87,6 +105,7 @@ class ViT(nn.Module):
       drop: [B, depth, 2] uniforms for stochastic depth, or None for none of it.
       taps: also return {'tokens': embedded patches [B, K, D] before positions, 'input': what the first block receives [B, 1 + K, D],
         'layers': output of every block [L, B, 1 + K, D]}.
+      show: 'cls' or 'all': also return the attention of every block, as 'attention' [L, B, H, 1 or all rows, tokens] of that dict.
     """
     x = patches.patchify(image, self.patch)
     if x.shape[1] != math.prod(self.grid):
@@ -95,24 +114,47 @@ class ViT(nn.Module):
       )
     if keep_ids is not None:
       x = masking.take(x, keep_ids)
-    embedded = blocks.Dense(self.width, self.dtype, conv_bias(x.shape[-1]), name='patch_embed')(x)
+    patch_embed = blocks.Dense(self.width, self.dtype, conv_bias(x.shape[-1]), self.patch_bias, name='patch_embed')
+    embedded = patch_embed(x)
 
     table = (
       self.param('pos_embed', lambda key: jnp.asarray(self.table)) if self.pos == 'learned' else jnp.asarray(self.table)
     )
-    cls_token = self.param('cls_token', nn.initializers.normal(0.02), (1, 1, self.width))
+    places = table[:, int(self.cls) :]
     rows = (
-      table[:, 1:]
+      places
       if keep_ids is None
-      else masking.take(jnp.broadcast_to(table[:, 1:], (x.shape[0], *table[:, 1:].shape[1:])), keep_ids)
+      else masking.take(jnp.broadcast_to(places, (x.shape[0], *places.shape[1:])), keep_ids)
     )
-    first = jnp.broadcast_to(cls_token + table[:, :1], (x.shape[0], 1, self.width))
-    tokens = jnp.concatenate([first.astype(self.dtype), embedded + rows.astype(self.dtype)], axis=1)
+    parts = []
+    if self.cls:
+      parts.append(self.param('cls_token', nn.initializers.normal(0.02), (1, 1, self.width)) + table[:, :1])
+    if self.registers:
+      parts.append(self.param('registers', nn.initializers.normal(0.02), (1, self.registers, self.width)))
+    parts = [jnp.broadcast_to(part, (x.shape[0], *part.shape[1:])).astype(self.dtype) for part in parts]
+    tokens = jnp.concatenate([*parts, embedded + rows.astype(self.dtype)], axis=1)
+    if self.embed_norm:
+      tokens = blocks.LayerNorm(self.eps, self.dtype, name='embed_norm')(tokens)
 
     if drop is not None:
       drop = (drop.swapaxes(0, 1), jnp.linspace(0, self.drop_path, self.depth, dtype=jnp.float32))
     layer = blocks.stack(blocks.Block, self.depth, self.scan, self.remat)
-    y, layers = layer(self.heads, self.mlp_ratio, self.eps, self.dtype, taps, name='blocks')(tokens, drop)
+    layer = layer(
+      self.heads,
+      self.mlp_ratio,
+      self.eps,
+      self.dtype,
+      taps,
+      self.qkv_bias,
+      self.activation,
+      self.layer_scale,
+      show,
+      name='blocks',
+    )
+    y, seen = layer(tokens, drop)
+    layers, weights = seen if show else (seen, None)
     if self.final_norm:
       y = blocks.LayerNorm(self.eps, self.dtype, name='norm')(y)
-    return (y, {'tokens': embedded, 'input': tokens, 'layers': layers}) if taps else y
+    if not (taps or show):
+      return y
+    return y, {'tokens': embedded, 'input': tokens, 'layers': layers, **({'attention': weights} if show else {})}

@@ -74,7 +74,11 @@ def norm(theirs: str, ours: str) -> list[Entry]:
 
 @dataclasses.dataclass(frozen=True)
 class BlockNames:
-  """How a codebase calls the parts of a pre-norm block; `qkv` is one name, or three for separate projections."""
+  """How a codebase calls the parts of a pre-norm block.
+
+  `qkv` is one name, or three for separate projections, and `.weight` and `.bias` follow it; a name that ends in '_' is followed by
+  `weight` and `bias` (`in_proj_`). `scale1`, `scale2`: learned scales of the branches, '' where the codebase has none.
+  """
 
   norm1: str
   qkv: str | tuple[str, str, str]
@@ -82,6 +86,8 @@ class BlockNames:
   norm2: str
   fc1: str
   fc2: str
+  scale1: str = ''
+  scale2: str = ''
 
 
 TIMM_BLOCK = BlockNames('norm1', 'attn.qkv', 'attn.proj', 'norm2', 'mlp.fc1', 'mlp.fc2')
@@ -97,16 +103,21 @@ HF_VIT_BLOCK = BlockNames(
 
 def block(theirs: str, ours: str, heads: int, names: BlockNames = TIMM_BLOCK) -> list[Entry]:
   """Entries of a stack of blocks; `theirs` holds `{i}`."""
-  parts = (names.qkv,) if isinstance(names.qkv, str) else names.qkv
+  parts = [
+    f'{theirs}.{part}' + ('' if part.endswith('_') else '.')
+    for part in ((names.qkv,) if isinstance(names.qkv, str) else names.qkv)
+  ]
+  scales = [(names.scale1, 'layer_scale1'), (names.scale2, 'layer_scale2')]
   return [
     *norm(f'{theirs}.{names.norm1}', f'{ours}/norm1'),
-    Entry(tuple(f'{theirs}.{part}.weight' for part in parts), f'{ours}/attn/qkv/kernel', qkv_kernel(heads)),
-    Entry(tuple(f'{theirs}.{part}.bias' for part in parts), f'{ours}/attn/qkv/bias', qkv_bias(heads)),
+    Entry(tuple(f'{part}weight' for part in parts), f'{ours}/attn/qkv/kernel', qkv_kernel(heads)),
+    Entry(tuple(f'{part}bias' for part in parts), f'{ours}/attn/qkv/bias', qkv_bias(heads)),
     Entry(f'{theirs}.{names.proj}.weight', f'{ours}/attn/proj/kernel', merge_heads(heads)),
     Entry(f'{theirs}.{names.proj}.bias', f'{ours}/attn/proj/bias'),
     *norm(f'{theirs}.{names.norm2}', f'{ours}/norm2'),
     *linear(f'{theirs}.{names.fc1}', f'{ours}/mlp/fc1'),
     *linear(f'{theirs}.{names.fc2}', f'{ours}/mlp/fc2'),
+    *[Entry(f'{theirs}.{name}', f'{ours}/{scale}/scale') for name, scale in scales if name],
   ]
 
 

@@ -8,3 +8,8 @@ def attention(q, k, v):
   """softmax(q k^T / sqrt(d)) v, softmax in float32: q [B, N, H, d], k and v [B, M, H, d] -> [B, N, H, d] in q's dtype."""
   logits = jnp.einsum('bnhd,bmhd->bhnm', q * q.shape[-1] ** -0.5, k, preferred_element_type=jnp.float32)
   return jnp.einsum('bhnm,bmhd->bnhd', jax.nn.softmax(logits).astype(v.dtype), v)
+
+
+def weights(q, k):
+  """The attention itself, softmax(q k^T / sqrt(d)) float32: q [B, N, H, d], k [B, M, H, d] -> [B, H, N, M]."""
+  return jax.nn.softmax(jnp.einsum('bnhd,bmhd->bhnm', q * q.shape[-1] ** -0.5, k, preferred_element_type=jnp.float32))

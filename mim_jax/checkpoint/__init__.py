@@ -1,0 +1,1 @@
+"""Saving, resuming, and starting from somebody else's weights."""
