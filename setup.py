@@ -41,7 +41,6 @@ setup(
     'ml_collections>=1.0,<2',  # configs
     'absl-py>=2.1,<3',  # command line flags, which ml_collections reads
     'etils[epath]>=1.9,<2',  # paths on local disks and buckets alike, as orbax and TFDS use them
-    'chex>=0.1.90,<1',  # checks of shapes and types where data enters
     'numpy>=2.0,<3',  # images on the host
     'ml_dtypes>=0.5,<1',  # bfloat16 in numpy, as weights come in files
     'grain>=0.2.16,<1',  # order, reading and batching of data without TensorFlow
@@ -61,7 +60,11 @@ setup(
       'nvidia-nvjitlink>=13,<14',  # linker that the GPU plugin loads
     ],
     'tf': ['tensorflow>=2.19,<3'],  # tf.data as the peer in benchmarks, and preparing data sets whose builders need it
-    'torch': ['torch>=2.6'],  # reads official checkpoints in .pth form
+    'torch': [
+      'torch>=2.6',
+      'timm>=1.0',
+      'transformers>=4.50',
+    ],  # `mim-jax convert` compares features with theirs; reading .pth needs none of them
     'wandb': ['wandb>=0.18,<1'],  # logging to Weights & Biases
     'test': [
       'pytest>=8,<10',  # runs the tests

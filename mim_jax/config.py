@@ -153,7 +153,9 @@ def load(args: Sequence[str]) -> ml_collections.ConfigDict:
   package = Path(mim_jax.__file__).parent  # recipes lie beside the package in a checkout and inside it in a wheel
   file = next((root / name for root in (Path(), package.parent, package) if (root / name).is_file()), None)
   if file is None:
-    raise ConfigError(f'{name}: no such recipe in {Path().absolute()} or {package.parent}; those of this project are configs/*.py')
+    raise ConfigError(
+      f'{name}: no such recipe in {Path().absolute()} or {package.parent}; those of this project are configs/*.py'
+    )
   for arg in args:
     if not arg.startswith('--config'):
       raise ConfigError(f'unknown argument {arg!r}; a config value is set by --config.key=value')

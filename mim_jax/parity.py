@@ -72,7 +72,7 @@ def read(path: str | Path) -> Case:
 
 def module_of(case_name: str):
   """The module of the longest slug that `case_name` starts with."""
-  known = [m.name for m in pkgutil.iter_modules(official.__path__) if m.name != 'names']
+  known = [m.name for m in pkgutil.iter_modules(official.__path__) if m.name != 'names' and not m.ispkg]
   fits = [slug for slug in known if case_name == slug or case_name.startswith(slug + '_')]
   if not fits:
     raise UserError(f'{case_name}: no official module replays this case; known: {", ".join(sorted(known))}')

@@ -12,7 +12,7 @@ from mim_jax import config, durations, method, runs
 from mim_jax.checkpoint import init_from
 from mim_jax.checkpoint.manager import Manager
 from mim_jax.data.feeds import Feeds
-from mim_jax.errors import CheckpointError, ConfigError, UserError
+from mim_jax.errors import CheckpointError, UserError
 from mim_jax.evals import features, suite
 from mim_jax.log import environment, panels
 from mim_jax.log.profile import Profiler, Timer, device_memory
@@ -57,7 +57,9 @@ class Trainer:
     self.progress = progress = Progress(active=self.first_process)
     stack.callback(progress.close)
     devices = jax.devices()
-    progress.say(f'{len(devices)} x {devices[0].device_kind}, mesh {dict(self.mesh.shape)}, {jax.process_count()} process(es)')
+    progress.say(
+      f'{len(devices)} x {devices[0].device_kind}, mesh {dict(self.mesh.shape)}, {jax.process_count()} process(es)'
+    )
 
     self.feeds = Feeds(cfg.data, self.mesh, cfg.seed)
     with progress.stage(f'opening {cfg.data.source}'):
@@ -86,13 +88,19 @@ class Trainer:
     )
     stack.callback(self.manager.close)
     sections = {name: dict(cfg[name]) for name in ('init_from', 'frozen', 'log', 'panels')}
-    known = config.leaves(config.base()) | {f'method.{key}': value for key, value in method.defaults(cfg.method.name).items()}
+    known = config.leaves(config.base()) | {
+      f'method.{key}': value for key, value in method.defaults(cfg.method.name).items()
+    }
     config.require_read(cfg, known)
     self._check_folder()
     self._restore(sections)
 
     self.writer = Writer(
-      workdir, resume_step=self.start or -1, tensorboard=cfg.log.tensorboard, wandb=cfg.log.wandb, config=cfg.cfg.to_dict()
+      workdir,
+      resume_step=self.start or -1,
+      tensorboard=cfg.log.tensorboard,
+      wandb=cfg.log.wandb,
+      config=cfg.cfg.to_dict(),
     )
     stack.callback(self.writer.close)
     self.stop = StopSignal()
@@ -103,7 +111,11 @@ class Trainer:
   def _interval(self, every: str) -> int:
     """Steps between two of something; 0 for never."""
     p = self.program
-    return durations.steps(every, total=p.total_steps, steps_per_epoch=p.steps_per_epoch, batch_size=self.cfg.batch_size) if every else 0
+    return (
+      durations.steps(every, total=p.total_steps, steps_per_epoch=p.steps_per_epoch, batch_size=self.cfg.batch_size)
+      if every
+      else 0
+    )
 
   def _check_folder(self):
     """Refuses a folder that holds a run of another config, and writes config.json and env.json of this one."""
@@ -112,9 +124,19 @@ class Trainer:
       other = config.read(file)
       if config.digest(other) != config.digest(cfg):
         theirs, ours = config.leaves(other), config.leaves(cfg)
-        changed = [f'  {k}: {theirs.get(k)!r} there, {ours.get(k)!r} here' for k in sorted(theirs | ours) if theirs.get(k) != ours.get(k)]
+        changed = [
+          f'  {k}: {theirs.get(k)!r} there, {ours.get(k)!r} here'
+          for k in sorted(theirs | ours)
+          if theirs.get(k) != ours.get(k)
+        ]
         raise CheckpointError(
-          '\n'.join([f'{self.workdir} holds a run of another config:', *changed, 'choose another --workdir, or start from its weights with --config.init_from.path'])
+          '\n'.join(
+            [
+              f'{self.workdir} holds a run of another config:',
+              *changed,
+              'choose another --workdir, or start from its weights with --config.init_from.path',
+            ]
+          )
         )
     if self.first_process:
       self.workdir.mkdir(parents=True, exist_ok=True)
@@ -147,7 +169,9 @@ class Trainer:
     params, report = init_from.load_into(self.state['params'], **options)
     self.progress.say(str(report))
     self.state['params'] = params
-    self.state['state'] = jax.jit(self.program.method.state, out_shardings=jax.tree.map(lambda x: x.sharding, self.state['state']))(params)
+    self.state['state'] = jax.jit(
+      self.program.method.state, out_shardings=jax.tree.map(lambda x: x.sharding, self.state['state'])
+    )(params)
     if self.cfg.ema:
       self.state['ema'] = jax.tree.map(lambda x: x.copy(), params)
 
@@ -294,7 +318,11 @@ def summary(workdir: Path, figures: dict) -> str:
   lines = []
   for key in names:
     kind = key.split('/')[1]
-    beside = [f'{which} {figures[f"eval/{kind}/{which}/top1"]:.1%}' for which in suite.BASELINES if f'eval/{kind}/{which}/top1' in figures]
+    beside = [
+      f'{which} {figures[f"eval/{kind}/{which}/top1"]:.1%}'
+      for which in suite.BASELINES
+      if f'eval/{kind}/{which}/top1' in figures
+    ]
     lines.append(f'{kind:>8}: trained encoder {figures[key]:.1%}' + (f'   ({", ".join(beside)})' if beside else ''))
   pictures = sorted((workdir / 'panels').glob('panel_*.png'))
   lines += [f'  curve: {workdir / "panels" / "loss.png"}']

@@ -14,20 +14,33 @@ def at_root(monkeypatch, root):
 
 
 def test_overrides_keep_types_and_reach_everything():
-  cfg = config.load([RECIPE, '--config.batch_size=64', '--config.method.mask_ratio=0.9', '--config.data.source=folder:/x', '--config.evals.knn.k=5'])
-  assert cfg.batch_size == 64 and cfg.method.mask_ratio == 0.9 and cfg.data.source == 'folder:/x' and cfg.evals.knn.k == 5
+  cfg = config.load(
+    [
+      RECIPE,
+      '--config.batch_size=64',
+      '--config.method.mask_ratio=0.9',
+      '--config.data.source=folder:/x',
+      '--config.evals.knn.k=5',
+    ]
+  )
+  assert (
+    cfg.batch_size == 64 and cfg.method.mask_ratio == 0.9 and cfg.data.source == 'folder:/x' and cfg.evals.knn.k == 5
+  )
 
 
-@pytest.mark.parametrize('args, message', [
-  ([], '--config=FILE'),
-  (['--config=configs/nope.py'], 'no such recipe'),
-  (['--config=configs/mae.py:debg'], "did you mean 'debug'"),
-  (['--config=configs/mae.py:epochs=many'], 'expected a int'),
-  ([RECIPE, '--config.optim.base_rl=1'], "did you mean 'optim.base_lr'"),
-  ([RECIPE, '--config.batch_size=many'], 'many'),
-  ([RECIPE, '--confg.batch_size=1'], 'unknown argument'),
-  ([RECIPE, '--config.method.mask_rato=0.5'], "did you mean 'method.mask_ratio'"),
-])
+@pytest.mark.parametrize(
+  'args, message',
+  [
+    ([], '--config=FILE'),
+    (['--config=configs/nope.py'], 'no such recipe'),
+    (['--config=configs/mae.py:debg'], "did you mean 'debug'"),
+    (['--config=configs/mae.py:epochs=many'], 'expected a int'),
+    ([RECIPE, '--config.optim.base_rl=1'], "did you mean 'optim.base_lr'"),
+    ([RECIPE, '--config.batch_size=many'], 'many'),
+    ([RECIPE, '--confg.batch_size=1'], 'unknown argument'),
+    ([RECIPE, '--config.method.mask_rato=0.5'], "did you mean 'method.mask_ratio'"),
+  ],
+)
 def test_mistakes_name_what_was_meant(args, message):
   with pytest.raises(ConfigError, match=message):
     config.load(args)
@@ -64,7 +77,9 @@ def test_a_saved_config_comes_back(tmp_path):
 
 def test_the_digest_covers_numbers_and_not_logging():
   cfg = config.load([RECIPE])
-  assert config.digest(config.load([RECIPE, '--config.log.tensorboard=True', '--config.mesh.data=2'])) == config.digest(cfg)
+  assert config.digest(config.load([RECIPE, '--config.log.tensorboard=True', '--config.mesh.data=2'])) == config.digest(
+    cfg
+  )
   assert config.digest(config.load([RECIPE, '--config.seed=1'])) != config.digest(cfg)
 
 

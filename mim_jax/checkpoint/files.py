@@ -95,7 +95,9 @@ def locate(path: str | Path) -> Path:
   found = sorted(file for end in ('safetensors', 'pth', 'pt', 'bin') for file in path.glob(f'*.{end}'))
   if len(found) != 1:
     listed = ', '.join(file.name for file in found) or 'none'
-    raise CheckpointError(f'{path} holds no {NAMES[0]} and not exactly one other file of weights (found: {listed}); name the file')
+    raise CheckpointError(
+      f'{path} holds no {NAMES[0]} and not exactly one other file of weights (found: {listed}); name the file'
+    )
   return found[0]
 
 
@@ -139,7 +141,9 @@ def _read_safetensors(path: Path) -> Weights:
       raise CheckpointError(f'{path}: the header says {entry} of {name!r}, which cannot be understood') from error
     count = int(np.prod(shape, dtype=np.int64))
     if begin < 0 or end - begin != count * dtype.itemsize or start + end > size:
-      raise CheckpointError(f'{path}: {name!r} {shape} does not lie within the file of {size} bytes: it is damaged, copy it again')
+      raise CheckpointError(
+        f'{path}: {name!r} {shape} does not lie within the file of {size} bytes: it is damaged, copy it again'
+      )
 
     def load():
       return np.fromfile(path, dtype, count, offset=start + begin).reshape(shape)

@@ -69,7 +69,9 @@ class Tensor:
       return np.zeros(self.shape, self.dtype)
     last = self.offset + sum((n - 1) * s for n, s in zip(self.shape, self.strides, strict=True))
     if self.offset < 0 or min(self.strides, default=0) < 0 or last >= len(flat):
-      raise CheckpointError(f'a tensor of shape {self.shape} reaches beyond its storage of {len(flat)} numbers: the file is damaged')
+      raise CheckpointError(
+        f'a tensor of shape {self.shape} reaches beyond its storage of {len(flat)} numbers: the file is damaged'
+      )
     strides = [s * flat.itemsize for s in self.strides]
     return np.array(np.lib.stride_tricks.as_strided(flat[self.offset :], self.shape, strides), order='C')
 
@@ -248,4 +250,3 @@ def _flat(node, name: str, above: set[int]) -> Iterator[tuple[str, Tensor]]:
     return
   for key, item in items:
     yield from _flat(item, f'{name}.{key}' if name else str(key), above | {id(node)})
-

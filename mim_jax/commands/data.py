@@ -39,11 +39,16 @@ def run(args):
   reading = itertools.cycle(indices.tolist())
   raw = [source[i] for i in indices[:64].tolist()]
   examples = itertools.cycle(raw)
-  stacked = pipeline.batch(0)
+  stacked, steps = pipeline.batch(0), itertools.count()
   rows = [
     ('read', 'one thread', 1, lambda: source[next(reading)]),
     ('transform', 'one thread', 1, lambda: chain.example(next(examples), rng)),
-    ('read + transform + batch', 'one thread', cfg.batch_size, lambda counter=itertools.count(): pipeline.batch(next(counter))),
+    (
+      'read + transform + batch',
+      'one thread',
+      cfg.batch_size,
+      lambda: pipeline.batch(next(steps)),
+    ),
   ]
   for name, how, count, work in rows:
     _print(name, how, _rate(work, args.seconds) * count)

@@ -59,7 +59,9 @@ class Feeds:
     """Iterator of (step, global batch on the mesh) from step `start` on; has `close()`."""
     return to_device(pipeline.iterate(start), meshes.batch_sharding(self.mesh))
 
-  def evaluation(self, source: str, transforms: str, batch_size: int, fields: Sequence[str], shuffle: int | None = None) -> Iterator[dict]:
+  def evaluation(
+    self, source: str, transforms: str, batch_size: int, fields: Sequence[str], shuffle: int | None = None
+  ) -> Iterator[dict]:
     """Global batches for an evaluator: each example once with 'weight' (shuffle None), or endless shuffled ones (shuffle: their seed)."""
     made = self.pipeline(source, transforms, batch_size, fields, shuffle or 0)
     rows = made.once() if shuffle is None else made.iterate()
@@ -69,7 +71,9 @@ class Feeds:
 
   def first(self, source: str, transforms: str, count: int, fields: Sequence[str]) -> dict[str, jax.Array]:
     """The first `count` examples, whole on every device (for pictures)."""
-    made = Pipeline(self.source(source), images.parse(transforms), count, self.seed, shuffle=False, threads=0, fields=fields)
+    made = Pipeline(
+      self.source(source), images.parse(transforms), count, self.seed, shuffle=False, threads=0, fields=fields
+    )
     batch = made.batch(0)
     batch.pop('corrupt')
     whole = meshes.replicated(self.mesh)

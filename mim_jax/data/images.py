@@ -15,6 +15,7 @@ from mim_jax.data import augment
 from mim_jax.data.chain import CHECKS, Chain, describe, parse, register
 from mim_jax.data.decoding import DecodeError, Jpeg, convert, is_jpeg, read
 from mim_jax.errors import ConfigError
+from mim_jax.ops.pixels import STATS
 
 __all__ = ['Chain', 'DecodeError', 'STATS', 'describe', 'parse', 'read', 'register']
 
@@ -204,12 +205,6 @@ def flip(example, rng, p=0.5):
   return example
 
 
-STATS = {  # mean and standard deviation per channel, of values in [0, 1]
-  'imagenet': ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
-  'clip': ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
-  'half': (0.5, 0.5),
-  'none': (0.0, 1.0),
-}
 CHECKS['stats'] = (
   f'one of {", ".join(STATS)} or (mean, std)',
   lambda v: v in STATS if isinstance(v, str) else isinstance(v, tuple) and len(v) == 2,

@@ -24,7 +24,9 @@ class Panel:
     self._scale = pixel_scale(transforms, method.fields['image'].shape[-1])
 
     def draw(params, state, frozen, batch):
-      return method.panels(params, state, frozen, batch, method.draw(jax.random.key(0), batch))
+      columns = method.panels(params, state, frozen, batch, method.draw(jax.random.key(0), batch))
+      self._titles = list(columns)  # as the method orders them; a dict that leaves a jitted function is sorted
+      return columns
 
     whole = jax.tree.leaves(self._batch)[0].sharding
     self._draw = jax.jit(draw, out_shardings=whole)
@@ -33,7 +35,10 @@ class Panel:
     """[H, W, 3] uint8, one row per example, one column per picture of the method."""
     columns = jax.device_get(self._draw(params, state, frozen, self._batch))
     zero, span = self._scale
-    return pictures.panel({name: (np.asarray(images, np.float32) - zero) / span for name, images in columns.items()}, count=len(columns['input']))
+    return pictures.panel(
+      {name: (np.asarray(columns[name], np.float32) - zero) / span for name in self._titles},
+      count=len(self._batch['image']),
+    )
 
 
 def pixel_scale(transforms: str, channels: int) -> tuple[np.ndarray, np.ndarray]:
@@ -42,7 +47,11 @@ def pixel_scale(transforms: str, channels: int) -> tuple[np.ndarray, np.ndarray]
   Found by sending both through the batch part of the chain, so it holds for any normalisation.
   """
   ends = np.array([0, 255], np.uint8)
-  black, white = images.parse(transforms).batch({'image': np.tile(ends[:, None, None, None], (1, 1, 1, channels))})['image'].astype(np.float32)
+  black, white = (
+    images.parse(transforms)
+    .batch({'image': np.tile(ends[:, None, None, None], (1, 1, 1, channels))})['image']
+    .astype(np.float32)
+  )
   return black[0, 0], white[0, 0] - black[0, 0]
 
 

@@ -76,6 +76,7 @@ def make(cfg) -> Method:
   patch, grid = encoder.patch, encoder.grid
   count = math.prod(grid)
   kept = masking.keep_count(count, cfg.mask_ratio)
+  norm_pix = cfg.norm_pix
   image = Field(
     'B H W C', (*vit.sides(cfg.image_size, 2), cfg.channels), doc='normalised RGB (data.transforms ends in normalize)'
   )
@@ -100,7 +101,7 @@ def make(cfg) -> Method:
     latent = encoder.apply({'params': params['encoder']}, batch['image'], keep_ids)
     pred = decoder.apply({'params': params['decoder']}, latent, keep_ids, restore_ids)
     target = target_of(batch['image'])
-    value = losses.masked_mse(pred, targets.norm_pix(target) if cfg.norm_pix else target, mask)
+    value = losses.masked_mse(pred, targets.norm_pix(target) if norm_pix else target, mask)
     return value, {'metrics': {'loss/pixel': value}, 'out': {'latent': latent, 'pred': pred, 'mask': mask}}
 
   def encode(params, batch, state=None):
@@ -112,7 +113,7 @@ def make(cfg) -> Method:
     _, aux = loss(params, state, frozen, batch, draws, 0)
     target = target_of(batch['image'])
     pred, hidden = aux['out']['pred'].astype(jnp.float32), aux['out']['mask'][..., None]
-    if cfg.norm_pix:
+    if norm_pix:
       pred = targets.undo_norm_pix(pred, target)
     tokens = {'masked': target * (1 - hidden), 'prediction': pred, 'pasted': jnp.where(hidden == 1, pred, target)}
     return {'input': batch['image'], **{name: patches.unpatchify(x, grid, patch) for name, x in tokens.items()}}

@@ -20,6 +20,13 @@ def xavier_uniform(fan_in, fan_out):
   return lambda key, shape, dtype=jnp.float32: jax.random.uniform(key, shape, dtype, -bound, bound)
 
 
+def matmul(x, kernel, contract=1):
+  """Product of x [..., *c] and kernel [*c, *out] over the `contract` axes c -> [..., *out]."""
+  lead = x.shape[: x.ndim - contract]
+  y = jnp.tensordot(x.reshape(-1, *x.shape[len(lead) :]), kernel, contract)
+  return y.reshape(*lead, *kernel.shape[contract:])
+
+
 class Dense(nn.Module):
   """x [..., in] -> [..., out] with xavier-uniform kernel [in, out] and zero bias (unless `use_bias` is off), computed in `dtype`."""
 
@@ -32,7 +39,7 @@ class Dense(nn.Module):
   def __call__(self, x):
     fan_in = x.shape[-1]
     kernel = self.param('kernel', xavier_uniform(fan_in, self.features), (fan_in, self.features))
-    y = jnp.dot(x.astype(self.dtype), kernel.astype(self.dtype))
+    y = matmul(x.astype(self.dtype), kernel.astype(self.dtype))
     return y + self.param('bias', self.bias_init, (self.features,)).astype(self.dtype) if self.use_bias else y
 
 
@@ -51,7 +58,7 @@ class Qkv(nn.Module):
     width = x.shape[-1]
     shape = (3, self.heads, width // self.heads)
     kernel = self.param('kernel', xavier_uniform(width, 3 * width), (width, *shape))
-    y = jnp.einsum('bnd,dchk->bnchk', x.astype(self.dtype), kernel.astype(self.dtype))
+    y = matmul(x.astype(self.dtype), kernel.astype(self.dtype))
     return y + self.param('bias', zeros, shape).astype(self.dtype) if self.use_bias else y
 
 
@@ -66,7 +73,7 @@ class MergeHeads(nn.Module):
     heads, head_dim = x.shape[-2:]
     kernel = self.param('kernel', xavier_uniform(heads * head_dim, self.features), (heads, head_dim, self.features))
     bias = self.param('bias', zeros, (self.features,))
-    return jnp.einsum('bnhd,hdf->bnf', x.astype(self.dtype), kernel.astype(self.dtype)) + bias.astype(self.dtype)
+    return matmul(x.astype(self.dtype), kernel.astype(self.dtype), contract=2) + bias.astype(self.dtype)
 
 
 class SelfAttention(nn.Module):

@@ -122,9 +122,7 @@ class ViT(nn.Module):
     )
     places = table[:, int(self.cls) :]
     rows = (
-      places
-      if keep_ids is None
-      else masking.take(jnp.broadcast_to(places, (x.shape[0], *places.shape[1:])), keep_ids)
+      places if keep_ids is None else masking.take(jnp.broadcast_to(places, (x.shape[0], *places.shape[1:])), keep_ids)
     )
     parts = []
     if self.cls:

@@ -103,7 +103,12 @@ def test_other_files_are_told_apart(tmp_path):
 
 
 def test_safetensors_both_ways(tmp_path):
-  arrays = {'a/b': BASE.reshape(4, 6).T, 'scalar': np.array(3, np.int64), 'half': np.ones(3, np.float16), 'none': np.zeros((0, 2))}
+  arrays = {
+    'a/b': BASE.reshape(4, 6).T,
+    'scalar': np.array(3, np.int64),
+    'half': np.ones(3, np.float16),
+    'none': np.zeros((0, 2)),
+  }
   files.write(tmp_path / 'deep' / 'x.safetensors', arrays, {'who': 'me'})
   weights = files.read(tmp_path / 'deep' / 'x.safetensors')
   assert weights.metadata == {'who': 'me'} and list((tmp_path / 'deep').iterdir()) == [weights.path]

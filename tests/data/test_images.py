@@ -342,14 +342,22 @@ def test_a_crop_from_a_jpeg_is_near_the_same_crop_of_all_its_pixels():
     lazy = run('decode | ' + text, {'image': data}, seed)['image']
     whole = run(text, {'image': images.read(data)}, seed)['image']
     differences.append(np.abs(lazy.astype(float) - whole).mean())
-  assert np.mean(differences) < 3.0 and max(differences) > 0  # the window is rounded to the pixels of the reduced picture
+  assert (
+    np.mean(differences) < 3.0 and max(differences) > 0
+  )  # the window is rounded to the pixels of the reduced picture
 
 
 @pytest.mark.parametrize('dtype', ['uint8', 'uint16', 'int16', 'float32', 'float64'])
 @pytest.mark.parametrize('channels', [1, 2, 4, 12])
 def test_any_channels_and_usual_dtypes_pass_through(dtype, channels):
   image = np.ones((30, 40, channels), dtype) * 7
-  for text in ('random_resized_crop(10)', 'random_resized_crop(64)', 'resize((24, 30))', 'resize(29)', 'random_crop(9)'):
+  for text in (
+    'random_resized_crop(10)',
+    'random_resized_crop(64)',
+    'resize((24, 30))',
+    'resize(29)',
+    'random_crop(9)',
+  ):
     got = run(f'decode | {text} | flip(1.0)', {'image': image})['image']
     assert got.dtype == image.dtype and got.ndim == 3 and got.shape[-1] == channels
     assert np.allclose(got, 7)

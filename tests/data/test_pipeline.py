@@ -211,7 +211,6 @@ class Waiting(sources.ArraySource):
     return super().getmany(indices)
 
 
-
 def test_close_ends_threads_and_makes_nothing_more():
   before = threading.active_count()
   source = Waiting(make_source().fields)

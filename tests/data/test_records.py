@@ -121,7 +121,13 @@ def test_features(things):
 
 @pytest.mark.parametrize(
   'split, want',
-  [('train[:2]', [0, 1]), ('train[5:]', [5, 6]), ('train[2:4]', [2, 3]), ('train[:1]+train[6:]', [0, 6]), ('train[50%:]', [4, 5, 6])],
+  [
+    ('train[:2]', [0, 1]),
+    ('train[5:]', [5, 6]),
+    ('train[2:4]', [2, 3]),
+    ('train[:1]+train[6:]', [0, 6]),
+    ('train[50%:]', [4, 5, 6]),
+  ],
 )
 def test_splits_as_tfds_slices_them(things, split, want):
   source = records.RecordSource(things, split)
@@ -141,7 +147,9 @@ def test_pipeline_over_records(things):
   chain = images.parse('decode | random_crop(8) | flip | normalize')
   made = pipeline.Pipeline(records.RecordSource(things), chain, 4, fields=('image', 'mask', 'label'))
   batch = made.batch(0)
-  assert batch['image'].shape == (4, 8, 8, 3) and batch['mask'].shape == (4, 8, 8, 1) and batch['label'].dtype == np.int32
+  assert (
+    batch['image'].shape == (4, 8, 8, 3) and batch['mask'].shape == (4, 8, 8, 1) and batch['label'].dtype == np.int32
+  )
   ids = np.concatenate([made.batch(s)['label'] for s in range(7)])
   assert np.bincount(ids).tolist() == [12, 8, 8]  # four epochs of 3, 2, 2
 
@@ -181,7 +189,9 @@ def test_find_takes_the_newest_version_unless_told(tmp_path):
 
 def test_missing_data_says_what_is_there_and_how_to_prepare(tmp_path, monkeypatch):
   prepare(tmp_path, 'tfrecord')
-  with pytest.raises(MissingData, match=r"other is not prepared under .*holds cache?.*things.*builder\('other', data_dir="):
+  with pytest.raises(
+    MissingData, match=r"other is not prepared under .*holds cache?.*things.*builder\('other', data_dir="
+  ):
     (tmp_path / 'cache').mkdir()
     records.find('other', tmp_path)
   with pytest.raises(MissingData, match='holds 1.0.0'):

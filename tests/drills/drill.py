@@ -47,7 +47,9 @@ def arm(drill: str):
   if place == 'step':
     tick = trainer.Progress.tick
     log = trainer.Trainer._log
-    count = lambda original: lambda self, done, *args: (strike() if done == at else None, original(self, done, *args))[1]
+    count = lambda original: (
+      lambda self, done, *args: (strike() if done == at else None, original(self, done, *args))[1]
+    )
     trainer.Progress.tick, trainer.Trainer._log = count(tick), count(log)
   elif place == 'save':
     save = manager.Manager.save

@@ -24,9 +24,15 @@ def data(tmp_path_factory):
 
 
 def start(workdir, data, *overrides, drill='', devices=1):
-  env = os.environ | {'DRILL_DATA': str(data), 'DRILL': drill, 'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices}'}
+  env = os.environ | {
+    'DRILL_DATA': str(data),
+    'DRILL': drill,
+    'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices}',
+  }
   env['PYTHONPATH'] = os.pathsep.join([str(DRILL.parents[2]), env.get('PYTHONPATH', '')])
-  return subprocess.run([sys.executable, str(DRILL), str(workdir), *overrides], env=env, capture_output=True, text=True, timeout=TIMEOUT)
+  return subprocess.run(
+    [sys.executable, str(DRILL), str(workdir), *overrides], env=env, capture_output=True, text=True, timeout=TIMEOUT
+  )
 
 
 def record(workdir):
@@ -51,14 +57,17 @@ def whole(tmp_path_factory, data):
   return workdir
 
 
-@pytest.mark.parametrize('drill', [
-  'kill:step:7',
-  pytest.param('kill:save:8', marks=pytest.mark.slow),
-  pytest.param('kill:eval:8', marks=pytest.mark.slow),
-  'term:step:7',
-  pytest.param('term:save:8', marks=pytest.mark.slow),
-  'term:eval:8',
-])
+@pytest.mark.parametrize(
+  'drill',
+  [
+    'kill:step:7',
+    pytest.param('kill:save:8', marks=pytest.mark.slow),
+    pytest.param('kill:eval:8', marks=pytest.mark.slow),
+    'term:step:7',
+    pytest.param('term:save:8', marks=pytest.mark.slow),
+    'term:eval:8',
+  ],
+)
 def test_a_stopped_run_goes_on_as_if_it_had_not(tmp_path, data, whole, drill):
   stopped = start(tmp_path, data, drill=drill)
   if drill.startswith('kill'):
@@ -83,7 +92,9 @@ def test_a_finished_run_is_left_alone(tmp_path, data, whole):
 def test_a_damaged_checkpoint_is_named_and_the_one_before_used(tmp_path, data, whole):
   copy = tmp_path / 'copy'
   shutil.copytree(whole, copy)
-  files = [file for file in (copy / 'checkpoints' / '12' / 'state').rglob('*') if file.is_file() and '/d/' in file.as_posix()]
+  files = [
+    file for file in (copy / 'checkpoints' / '12' / 'state').rglob('*') if file.is_file() and '/d/' in file.as_posix()
+  ]
   largest = max(files, key=lambda file: file.stat().st_size)
   content = bytearray(largest.read_bytes())
   content[len(content) // 2] ^= 0xFF
@@ -112,11 +123,14 @@ def test_another_config_is_refused_with_the_difference(tmp_path, data, whole):
   assert 'optim.wd: 0.05 there, 0.2 here' in refused.stderr and 'Traceback' not in refused.stderr
 
 
-@pytest.mark.parametrize('override, message', [
-  ('--config.data.source=tfds:nowhere:train', 'nowhere'),
-  ('--config.data.sorce=x', "did you mean 'data.source'"),
-  ('--config.optim.momentum=0.5', 'no effect'),
-])
+@pytest.mark.parametrize(
+  'override, message',
+  [
+    ('--config.data.source=tfds:nowhere:train', 'nowhere'),
+    ('--config.data.sorce=x', "did you mean 'data.source'"),
+    ('--config.optim.momentum=0.5', 'no effect'),
+  ],
+)
 def test_mistakes_end_before_anything_is_compiled(tmp_path, data, override, message):
   failed = start(tmp_path, data, override, devices=1)
   assert failed.returncode == 2

@@ -61,7 +61,12 @@ def test_two_processes_equal_one(root, tmp_path, data, mesh):
 
 def test_a_signal_to_one_process_stops_both_and_they_resume(root, tmp_path, data):
   # The processes agree on the step to stop at in the background, so the run must be long enough for them to do so.
-  long = ('--config.duration=800 steps', '--config.log_every=100 steps', '--config.checkpoint.every=400 steps', '--config.evals.knn.every=never')
+  long = (
+    '--config.duration=800 steps',
+    '--config.log_every=100 steps',
+    '--config.checkpoint.every=400 steps',
+    '--config.evals.knn.every=never',
+  )
   codes, outputs = launch(root, tmp_path / 'two', data, 2, 1, *long, drill='term:step:3')
   assert codes == [143, 143], outputs
   assert all('stopped at step' in output for output in outputs), outputs

@@ -58,7 +58,9 @@ def test_shapes_are_those_of_pytorch(cfg, params):
 
 def test_an_encoder_alone_loads(cfg, params):
   table = table_of('pretraining', cfg)
-  weights = {name: value for name, value in names.export(params, table).items() if not name.startswith(('decoder', 'mask_token'))}
+  weights = {
+    name: value for name, value in names.export(params, table).items() if not name.startswith(('decoder', 'mask_token'))
+  }
   back, unknown = names.load(weights, table)
   assert list(back) == ['encoder'] and not unknown
 

@@ -1,0 +1,1 @@
+"""Plain vision transformers of other libraries: names, settings and position tables, both ways."""
