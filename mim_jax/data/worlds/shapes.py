@@ -33,7 +33,7 @@ from mim_jax.data.worlds.solids import CLASSES
 OBJECTS = 4  # most objects in a scene, M
 SUPERSAMPLE = 2  # scenes are drawn at this multiple of the size and averaged down
 SLOPE = 0.4  # tan of half the camera's field of view
-JITTER = 0.25  # how far the main object's middle may be from the image's, in image sides
+JITTER = 0.2  # how far the main object's middle may be from the image's, in image sides
 ROLL = 0.1  # radians the camera may be off the upright
 
 COLOURS = {
@@ -109,7 +109,7 @@ def _dress(rng, colour, wavelength, dim=1.0, textures=True):
   """A random accent and pattern to a colour; colours are varied a little, so is the pattern's `wavelength`."""
   accent = _contrasting(rng, _RGB[colour], 0.3)
   pattern = 0 if rng.random() < 0.4 or not textures else int(rng.integers(1, len(PATTERNS)))
-  vary = lambda c: np.clip(_RGB[c] + 0.6 * (rng.random(3) - 0.5), 0, 1)
+  vary = lambda c: np.clip(_RGB[c] * (0.85 + 0.3 * rng.random()) + 0.08 * (rng.random(3) - 0.5), 0, 1)
   first, second = vary(colour), vary(accent)
   second = first + (0.15 + 0.25 * rng.random()) * (second - first)  # patterns stay weaker than outlines
   a, b = rng.random(2) * 2 * np.pi
@@ -140,11 +140,11 @@ def _place(camera, label, local, yaw, extent, foot):
 
 
 def _main_object(rng):
-  """The main object, at the origin, and a camera that sees it about the middle, its extent 0.42 to 0.7 of the image."""
+  """The main object, at the origin, and a camera that sees it about the middle, its extent half to 3/4 of the image."""
   label = int(rng.integers(len(CLASSES)))
   local, yaw = solids.solid(rng, label)
   extent = 1.2 + rng.random()
-  away = extent / ((0.42 + 0.28 * rng.random()) * 2 * SLOPE)
+  away = extent / ((0.5 + 0.25 * rng.random()) * 2 * SLOPE)
   elevation = math.radians(14 + 30 * rng.random())
   up = np.array([0, math.sin(elevation), math.cos(elevation)])
   back = np.array([0, -math.cos(elevation), math.sin(elevation)])
@@ -219,7 +219,7 @@ def scene(rng, textures=True, others=OBJECTS - 1) -> Scene:
   flat = math.cos(height)
   light = render.Light(
     direction=np.array([flat * math.cos(turn), flat * math.sin(turn), math.sin(height)], np.float32),
-    tint=(0.5 + 1.1 * rng.random(3)).astype(np.float32),
+    tint=(1.25 + 0.15 * (rng.random(3) - 0.5)).astype(np.float32),
     ambient=0.3 + 0.25 * rng.random(),
     falloff=0.8 * rng.random(),
     brightest=rng.random() * 2 * math.pi,

@@ -31,7 +31,7 @@ def leftovers(data_dir):
 def test_a_spec_is_world_options_and_split():
   world, options, split = worlds.parse('synthetic:shapes/size=32,seed=5:validation[:10%]')
   assert (world.name, split) == ('shapes', 'validation[:10%]')
-  assert options == {'size': 32, 'train': 20_000, 'validation': 2_000, 'seed': 5}
+  assert options == {'size': 32, 'train': 20_000, 'validation': 2_000, 'seed': 5, 'textures': True, 'others': 3}
   assert worlds.parse('shapes')[1:] == (dict(world.defaults), 'train')
 
 
@@ -83,11 +83,11 @@ def prepared(tmp_path_factory):
 def test_tfds_reads_what_was_rendered_in_order(prepared):
   data_dir, folder = prepared
   builder = tfds.builder_from_directory(folder)
-  assert builder.info.full_name == 'shapes/size_16-train_6-validation_3-seed_0/1.0.0'
+  assert builder.info.full_name == 'shapes/size_16-train_6-validation_3-seed_0-textures_True-others_3/1.0.0'
   assert {k: v.num_examples for k, v in builder.info.splits.items()} == {'train': 6, 'validation': 3}
   assert builder.info.features['label'].names == list(worlds.get('shapes').metadata({})['mask'][1:])
   metadata = json.loads((folder / 'metadata.json').read_text())
-  assert metadata['options'] == {'size': 16, 'train': 6, 'validation': 3, 'seed': 0}
+  assert metadata['options'] == {'size': 16, 'train': 6, 'validation': 3, 'seed': 0, 'textures': True, 'others': 3}
   assert [c['name'] for c in metadata['table']][:2] == ['colour', 'accent']
   for split, count in (('train', 6), ('validation', 3)):
     source = worlds.load(f'{TINY}:{split}', data_dir)

@@ -6,7 +6,7 @@ import pytest
 
 from mim_jax.data.worlds import build, render, shapes
 
-OPTIONS = {'size': 64, 'train': 8, 'validation': 4, 'seed': 0}
+OPTIONS = {'size': 64, 'train': 8, 'validation': 4, 'seed': 0, 'textures': True, 'others': 3}
 
 
 def make(count, split='train', **options):
