@@ -77,6 +77,23 @@ def test_remedies_cut_the_batch_into_as_many_parts_as_the_excess_asks_for(cfg):
   assert jobs.remedies(found | {'hbm': full}) == []  # the parameters alone are too much
 
 
+def test_fitting_plan_gives_the_estimates_of_the_change_that_fits(cfg, monkeypatch):
+  def plan(cfg, topology, examples, hlo_file):
+    more = {'couples': False, 'images_per_device_at_once': 256 / cfg.accumulate, 'accumulate': cfg.accumulate}
+    return dict.fromkeys(jobs.ESTIMATES) | machine(cfg, topology, examples) | more | {'remat': cfg.method.remat}
+
+  monkeypatch.setattr(jobs, 'plan', plan)
+  said = []
+  found = jobs.fitting_plan(cfg, topologies.parse('v5e:4x4'), 100, said.append)
+  assert not found['fits'] and found['hbm_bytes'] > 15 * GIB
+  assert found['fits_with'] == ['--config.accumulate=4'] and found['fits_with_hbm_bytes'] <= 15 * GIB
+  assert found['estimated_step_seconds'] == pytest.approx(1.4)
+  assert 'does not fit' in said[0]
+  cfg.batch_size = 512
+  found = jobs.fitting_plan(cfg, topologies.parse('v5e:4x4'), 100, said.append)
+  assert found['fits'] and found['fits_with'] is None
+
+
 def test_scaling_gives_efficiency_against_the_smallest(cfg, tmp_path):
   def plan(cfg, topology, examples, say):
     if topology.devices > 256:
