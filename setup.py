@@ -61,10 +61,10 @@ setup(
     ],
     'tf': ['tensorflow>=2.19,<3'],  # tf.data as the peer in benchmarks, and preparing data sets whose builders need it
     'torch': [
-      'torch>=2.6',
-      'timm>=1.0',
-      'transformers>=4.50',
-    ],  # `mim-jax convert` compares features with theirs; reading .pth needs none of them
+      'torch>=2.6',  # the other side of the feature checks of `mim-jax convert`; reading .pth needs no torch
+      'timm>=1.0',  # likewise
+      'transformers>=4.50',  # likewise
+    ],
     'wandb': ['wandb>=0.18,<1'],  # logging to Weights & Biases
     'test': [
       'pytest>=8,<10',  # runs the tests
