@@ -33,11 +33,23 @@ def get_config(arg=''):
   cfg.mesh.data = 1
   if args.debug:
     return debug(cfg)
+  probe = {  # facebookresearch/mae, main_linprobe.py and its README
+    'every': 'end',
+    'test': ':validation',
+    'baselines': (),
+    'augment': True,
+    'train_transforms': 'decode | one_shot_crop(224) | flip | normalize',
+    'batch_size': 1024,
+    'train_batch': 16384,
+    'epochs': 90 if args.size == 'B' else 50,
+    'trust': 0.001,
+    'features': 'cls',
+  }
   cfg.evals = {
     'knn': suite.settings(
       'knn', {'every': '50 epochs', 'train': ':train[:10%]', 'test': ':validation', 'baselines': ()}
     ),
-    'linear': suite.settings('linear', {'every': 'end', 'test': ':validation', 'baselines': ()}),
+    'linear': suite.settings('linear', probe),
   }
   return cfg
 

@@ -20,6 +20,19 @@ from mim_jax.errors import ConfigError, UserError, nearest
 MARKS = ('weight', 'corrupt')  # fields that the pipeline adds and an encoder does not see
 
 
+DEFAULTS = {  # of every evaluator that judges features by class labels
+  'train': ':train',  # data source; ':SPLIT' is that split of the run's own data.source
+  'test': ':test',
+  'transforms': '',  # '' = the run's data.eval_transforms
+  'batch_size': 0,  # images per pass of the encoder; 0 = the run's batch_size
+  'fields': ('image',),  # what the encoder reads
+  'label': 'label',
+  'features': 'auto',  # cls, mean, both, layer3/mean, several with commas; auto = cls, or mean without class token
+  'every': 'end',  # 'end', a duration ('10 epochs', '5%'; also runs at the end) or 'never'
+  'baselines': ('untrained', 'pixels'),
+}
+
+
 class Interrupted(Exception):
   """An evaluator stopped between two batches because `Context.stop()` said so; nothing was recorded, run it again."""
 

@@ -11,15 +11,7 @@ from mim_jax.errors import ConfigError, UserError
 from mim_jax.evals import features, metrics
 
 DEFAULTS = {
-  'train': ':train',  # data source; ':SPLIT' is that split of the run's own data.source
-  'test': ':test',
-  'transforms': '',  # '' = the run's data.eval_transforms
-  'batch_size': 0,  # 0 = the run's batch_size
-  'fields': ('image',),  # what the encoder reads
-  'label': 'label',
-  'features': 'auto',  # cls, mean, both, layer3/mean, several with commas; auto = cls, or mean without class token
-  'every': 'end',  # 'end', a duration ('10 epochs', '5%'; also runs at the end) or 'never'
-  'baselines': ('untrained', 'pixels'),
+  **features.DEFAULTS,
   'shots': (10,),  # examples per class, each number a figure of its own
   'seeds': 5,  # draws of the shots
   'l2': 1024.0,

@@ -24,15 +24,7 @@ from mim_jax.evals import features, metrics
 from mim_jax.ops import losses
 
 DEFAULTS = {
-  'train': ':train',  # data source; ':SPLIT' is that split of the run's own data.source
-  'test': ':test',
-  'transforms': '',  # '' = the run's data.eval_transforms
-  'batch_size': 0,  # images per pass of the encoder; 0 = the run's batch_size
-  'fields': ('image',),  # what the encoder reads
-  'label': 'label',
-  'features': 'auto',  # cls, mean, both, layer3/mean, several with commas; auto = cls, or mean without class token
-  'every': 'end',  # 'end', a duration ('10 epochs', '5%'; also runs at the end) or 'never'
-  'baselines': ('untrained', 'pixels'),
+  **features.DEFAULTS,
   'augment': False,
   'train_transforms': '',  # random ones for augment=True
   'train_batch': 256,  # examples per step of the probe; 16384 in the paper
