@@ -68,9 +68,9 @@ def debug(cfg):
   cfg.schedule.warmup = '10%'
   cfg.log_every = '20 steps'
   cfg.checkpoint.every = '500 steps'
-  evaluation = {'test': ':validation', 'features': 'mean', 'batch_size': 256}
+  evaluation = {'test': ':validation', 'batch_size': 256}
   cfg.evals = {
-    'knn': suite.settings('knn', evaluation),
-    'linear': suite.settings('linear', evaluation | {'trust': 0.03}),
+    'knn': suite.settings('knn', evaluation | {'features': 'max'}),
+    'linear': suite.settings('linear', evaluation | {'features': 'mean', 'trust': 0.03}),
   }
   return cfg

@@ -27,7 +27,7 @@ DEFAULTS = {  # of every evaluator that judges features by class labels
   'batch_size': 0,  # images per pass of the encoder; 0 = the run's batch_size
   'fields': ('image',),  # what the encoder reads
   'label': 'label',
-  'features': 'auto',  # cls, mean, both, layer3/mean, several with commas; auto = cls, or mean without class token
+  'features': 'auto',  # cls, mean, max, both, layer3/mean, several with commas; auto = cls, or mean without class token
   'every': 'end',  # 'end', a duration ('10 epochs', '5%'; also runs at the end) or 'never'
   'baselines': ('untrained', 'pixels'),
 }
@@ -99,11 +99,11 @@ def _program(apply, mesh):
 def pool(encoded: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
   """What `Method.encode` returns -> features [B, D] by name.
 
-  'mean' is the mean over patch tokens, 'cls' the class token and 'both' the two beside each other [B, 2 D]; with
+  'mean' is the mean over patch tokens, 'max' their largest value per channel, 'cls' the class token and 'both' the two beside each other [B, 2 D]; with
   'layers' also 'layer1/mean', 'layer1/cls' and so on, where several class tokens are averaged.
   """
   tokens = encoded['tokens'].astype(jnp.float32)
-  features = {'mean': jnp.mean(tokens, axis=1)}
+  features = {'mean': jnp.mean(tokens, axis=1), 'max': jnp.max(tokens, axis=1)}
   if 'cls' in encoded:
     features['cls'] = encoded['cls'].astype(jnp.float32)
     features['both'] = jnp.concatenate([features['cls'], features['mean']], axis=-1)
