@@ -73,6 +73,7 @@ class Trainer:
     given = {name: (spec.shape[1:], spec.dtype) for name, spec in self.pipeline.spec().items()}
     program.method.check_fields(given, f'{cfg.data.source} with transforms {cfg.data.transforms!r}')
 
+    self.max_corrupt = cfg.data.max_corrupt
     self.log_every = self._interval(cfg.log_every)
     self.save_every = self._interval(cfg.checkpoint.every)
     self.panel_every = self._interval(cfg.panels.every)
@@ -231,10 +232,10 @@ class Trainer:
     for fault in self.pipeline.faults:
       self.progress.say(f'step {fault.step}: {fault.key} cannot be read and was replaced: {fault.error}')
     self.pipeline.faults.clear()
-    if metrics['faults/corrupt'] > self.cfg.data.max_corrupt * done * self.cfg.batch_size:
+    if metrics['faults/corrupt'] > self.max_corrupt * done * self.cfg.batch_size:
       self._save(done)
       raise UserError(
-        f'{metrics["faults/corrupt"]} of {done * self.cfg.batch_size} examples could not be read, more than data.max_corrupt={self.cfg.data.max_corrupt} allows; '
+        f'{metrics["faults/corrupt"]} of {done * self.cfg.batch_size} examples could not be read, more than data.max_corrupt={self.max_corrupt} allows; '
         'the messages above name them'
       )
     if int(self.state['faults']['longest']) >= self.cfg.max_bad_steps:

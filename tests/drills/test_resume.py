@@ -154,3 +154,28 @@ def test_two_bad_steps_are_skipped_and_counted(tmp_path, data, whole):
   done = start(tmp_path, data, drill='nan:5:2')
   assert done.returncode == 0, done.stderr
   assert record(tmp_path)[-2]['faults/bad_steps'] == 2
+
+
+def test_a_broken_image_is_replaced_counted_and_named_and_too_many_stop_the_run(tmp_path, data):
+  import cv2
+
+  rng = np.random.default_rng(1)
+  for i in range(40):
+    folder = tmp_path / 'pictures' / f'class{i % 2}'
+    folder.mkdir(parents=True, exist_ok=True)
+    cv2.imwrite(str(folder / f'{i:02d}.png'), rng.integers(0, 256, (20, 20, 3), dtype=np.uint8))
+  broken = tmp_path / 'pictures' / 'class1' / '07.png'
+  broken.write_bytes(broken.read_bytes()[:60])
+  options = [
+    f'--config.data.source=folder:{tmp_path / "pictures"}',
+    '--config.data.transforms=decode | random_resized_crop(16) | normalize',
+    '--config.data.eval_transforms=decode | resize(16) | normalize',
+  ]
+  done = start(tmp_path / 'run', data, *options, '--config.data.max_corrupt=0.5')
+  assert done.returncode == 0, done.stderr
+  assert '07.png' in done.stderr and 'was replaced' in done.stderr
+  assert [row['faults/corrupt'] for row in record(tmp_path / 'run') if 'faults/corrupt' in row][
+    -1
+  ] >= 4  # once an epoch
+  stopped = start(tmp_path / 'strict', data, *options, '--config.data.max_corrupt=0.0')
+  assert stopped.returncode == 2 and 'data.max_corrupt=0.0' in stopped.stderr and 'Traceback' not in stopped.stderr
