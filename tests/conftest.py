@@ -6,6 +6,7 @@ from pathlib import Path
 
 os.environ['JAX_PLATFORMS'] = 'cpu'
 os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} --xla_force_host_platform_device_count=8'.strip()
+os.environ.setdefault('NPROC', '16')  # threads: see mesh.give_forced_devices_threads
 os.environ.setdefault(
   'JAX_COMPILATION_CACHE_DIR', str(Path(tempfile.gettempdir()) / f'mim_jax_test_cache_{os.getuid()}')
 )

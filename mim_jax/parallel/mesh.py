@@ -9,6 +9,7 @@ import logging
 import math
 import os
 import pathlib
+import re
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -48,6 +49,7 @@ def start(environ: Mapping[str, str] = os.environ) -> Start:
   """
   if jax.distributed.is_initialized():
     return Start('running', jax.process_index(), jax.process_count())
+  give_forced_devices_threads()
   how, arguments = _detect(environ)
   if how != 'single':
     if not jax.config.jax_cpu_collectives_implementation:  # CPU processes cannot reduce without one
@@ -59,6 +61,17 @@ def start(environ: Mapping[str, str] = os.environ) -> Start:
   found = Start(how, *((jax.process_index(), jax.process_count()) if how != 'single' else (0, 1)))
   log.info('start: %s, process %d of %d', *found)
   return found
+
+
+def give_forced_devices_threads(environ=os.environ):
+  """Two threads for every CPU device that XLA_FLAGS forces, unless NPROC says otherwise; call before the first computation.
+
+  XLA's CPU client takes the size of its thread pool from NPROC, else as many threads as there are cores or devices. Each device
+  blocks one in a collective, so a copy in the pool starves the last device, and after 40 s the process aborts.
+  """
+  forced = re.search(r'--xla_force_host_platform_device_count=(\d+)', environ.get('XLA_FLAGS', ''))
+  if forced and int(forced[1]) > 1:
+    environ.setdefault('NPROC', str(max(2 * int(forced[1]), os.cpu_count() or 1)))
 
 
 def _detect(environ) -> tuple[str, dict]:
@@ -124,7 +137,10 @@ def make_mesh(cfg, devices=None) -> Mesh:
 
   Raises ConfigError when the sizes do not fit the number of devices (default: all devices of all processes).
   """
-  devices = jax.devices() if devices is None else list(devices)
+  if devices is None:
+    give_forced_devices_threads()
+    devices = jax.devices()
+  devices = list(devices)
   sizes = {axis: cfg[axis] for axis in AXES}
   asked = ', '.join(f'{axis} {size}' for axis, size in sizes.items())
   free = [axis for axis, size in sizes.items() if size == -1]

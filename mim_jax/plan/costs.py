@@ -45,14 +45,18 @@ MOSAIC = 'tpu_custom_call'  # a Pallas kernel for TPU; the compiler's cost model
 
 @dataclasses.dataclass
 class Work:
-  """One instruction with its whole cost over a step: all its runs together."""
+  """One instruction with its whole cost over a step: all its runs together.
+
+  `kind` says where its time comes from: 'compiler' (it gives `cycles`), 'kernel' (Pallas, by the cost its author
+  states), 'other' (by FLOPs and bytes), 'beside' (asynchronous copies and collectives, which are no computation).
+  """
 
   instruction: Instruction
   times: int
+  kind: str
   flops: float
   bytes: float
-  cycles: float  # estimated by the compiler; 0 where it says nothing
-  kernel: bool  # a Pallas kernel, whose cost is what its author states
+  cycles: float
 
 
 def works(module: Module) -> list[Work]:
@@ -66,9 +70,17 @@ def works(module: Module) -> list[Work]:
       stated = stated_cost(instruction)
       flops, size = stated or (counter.of(computation, instruction), memory_bytes(module, computation, instruction))
       found.append(
-        Work(instruction, times, times * flops, times * size, times * instruction.cycles, is_kernel(instruction))
+        Work(instruction, times, _kind(instruction), times * flops, times * size, times * instruction.cycles)
       )
   return found
+
+
+def _kind(instruction: Instruction) -> str:
+  if is_kernel(instruction):
+    return 'kernel'
+  if instruction.opcode.endswith('-start') or instruction.opcode in COLLECTIVES:
+    return 'beside'
+  return 'compiler' if instruction.cycles else 'other'
 
 
 def is_kernel(instruction: Instruction) -> bool:
@@ -168,13 +180,9 @@ def memory_bytes(module: Module, computation: Computation, instruction: Instruct
   if opcode == 'custom-call' and instruction.target in FREE_TARGETS:
     return 0.0
   inputs = computation.inputs(instruction)
-  if opcode in ('copy-start', 'slice-start'):  # shape: (result, source, context)
-    moved = (
-      min(instruction.shape[0].bytes, _bytes(inputs[0].shape) or math.inf)
-      if opcode == 'slice-start'
-      else instruction.shape[0].bytes
-    )
-    return moved * sum(array.space == 0 for array in (instruction.shape[0], inputs[0].shape[0]))
+  if opcode in ('copy-start', 'slice-start'):  # shapes: (result, source, context), ((source), result, context)
+    result = instruction.shape[1 if opcode == 'slice-start' else 0]
+    return result.bytes * sum(array.space == 0 for array in (result, inputs[0].shape[0]))
   if opcode.endswith('-done') or opcode == 'custom-call' and instruction.target == 'GatherScatterIndicesBitpacked':
     return 0.0
   if opcode.removesuffix('-start') in COLLECTIVES and opcode.endswith('-start'):

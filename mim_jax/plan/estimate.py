@@ -16,11 +16,11 @@ class Estimate:
   """Seconds of a step on one device; None where nothing can be said (CPU).
 
   Attributes:
-    cycles: of the step without waiting for other devices: by the compiler's cost model and the stated cost of Pallas
-      kernels (TPU), or of the roofline at the chip's clock (GPU).
-    kernel_cycles: part of them in Pallas kernels, from their stated cost.
+    cycles: TPU: of the operations that the compiler's cost model gives cycles, and of Pallas kernels; GPU: `kernels`
+      at the chip's clock.
+    kernel_cycles: part of `cycles` in Pallas kernels, by the FLOPs and bytes that their authors state.
+    other_cycles: TPU: of operations without cycles of the compiler (relayouts), by their bytes; not in `cycles`.
     compute, memory, exchange: roofline seconds of FLOPs, of main memory and of collectives, each alone.
-    roofline: their largest, the fastest that the chip could be if everything overlapped.
     kernels: sum over operations of the slower of FLOPs and memory, as if nothing overlapped but within an operation.
     waiting: seconds of collectives that are not beside computation.
     seconds: of the step.
@@ -29,10 +29,10 @@ class Estimate:
 
   cycles: float | None
   kernel_cycles: float | None
+  other_cycles: float | None
   compute: float | None
   memory: float | None
   exchange: float | None
-  roofline: float | None
   kernels: float | None
   waiting: float | None
   seconds: float | None
@@ -47,23 +47,26 @@ def of(chip: Chip, works: list[Work], sent: list[Collective]) -> Estimate:
   memory = sum(work.bytes for work in works) / chip.bandwidth
   exchange = sum(collective_seconds(chip, c) for c in sent)
   waiting = sum(collective_seconds(chip, c) for c in sent if not c.hidden)
-  kernels = sum(operation_seconds(chip, work) for work in works)
-  kernel_cycles = chip.clock * sum(operation_seconds(chip, work) for work in works if work.kernel)
+  by_kind = dict.fromkeys(('compiler', 'kernel', 'other', 'beside'), 0.0)
+  for work in works:
+    by_kind[work.kind] += operation_seconds(chip, work)
+  kernels = sum(by_kind.values()) - by_kind['beside']
+  kernel_cycles = chip.clock * by_kind['kernel']
   if chip.platform == 'tpu':
-    cycles, how = sum(work.cycles for work in works) + kernel_cycles, 'compiler cycles'
+    cycles, other, how = sum(work.cycles for work in works) + kernel_cycles, by_kind['other'], 'compiler cycles'
   else:
-    cycles, how = chip.clock * kernels, 'roofline of every operation'
+    cycles, other, how = chip.clock * kernels, 0.0, 'roofline of every operation'
   return Estimate(
     cycles=cycles,
     kernel_cycles=kernel_cycles,
+    other_cycles=chip.clock * other,
     compute=compute,
     memory=memory,
     exchange=exchange,
-    roofline=max(compute, memory, exchange),
     kernels=kernels,
     waiting=waiting,
-    # Collectives beside computation share the wires with the others, so all of them together are a limit as well.
-    seconds=max(cycles / chip.clock + waiting, exchange),
+    # What runs beside computation shares wires and memory with the rest, so all of it together is a limit as well.
+    seconds=max(cycles / chip.clock + other + waiting, exchange, memory),
     method=how,
   )
 
@@ -74,10 +77,12 @@ def operation_seconds(chip: Chip, work: Work) -> float:
 
 
 def operation_cycles(chip: Chip, work: Work) -> float:
-  """Cycles of one operation by the same measure as `Estimate.cycles`; bytes where the chip has no published peaks."""
+  """Cycles of one operation as in `Estimate.cycles` and `other_cycles`; bytes where the chip has no published peaks."""
   if not chip.flops:
     return work.bytes
-  if chip.platform == 'tpu' and not work.kernel:
+  if work.kind == 'beside':
+    return 0.0
+  if chip.platform == 'tpu' and work.kind == 'compiler':
     return work.cycles
   return chip.clock * operation_seconds(chip, work)
 

@@ -15,8 +15,8 @@ from mim_jax.parallel import topology as topologies
 # What a plan says only of a program that could be compiled.
 ESTIMATES = (
   *('hlo_flops', 'hlo_memory_bytes', 'collectives', 'contributors', 'contributors_by', 'notes'),
-  *('estimated_cycles', 'estimated_kernel_cycles', 'estimated_by', 'estimated_step_seconds', 'estimated_utilisation'),
-  *('roofline_seconds', 'waiting_seconds', 'images_per_second', 'hours', 'device_hours'),
+  *('estimated_cycles', 'estimated_kernel_cycles', 'estimated_other_cycles', 'estimated_by', 'estimated_step_seconds'),
+  *('estimated_utilisation', 'roofline_seconds', 'waiting_seconds', 'images_per_second', 'hours', 'device_hours'),
 )
 
 

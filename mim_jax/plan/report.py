@@ -70,13 +70,14 @@ def _time(plan):
   if plan['estimated_step_seconds'] is None:
     return [*lines, 'no time is estimated for this device: it has no published peaks']
   roofline = plan['roofline_seconds']
-  kernel = plan['estimated_kernel_cycles']
+  kernel, other = plan['estimated_kernel_cycles'], plan['estimated_other_cycles']
   return [
     *lines,
     f'estimated step    {1e3 * plan["estimated_step_seconds"]:,.1f} ms by {plan["estimated_by"]}: '
     f'{plan["estimated_cycles"] / 1e6:,.1f} M cycles'
     + (f' ({kernel / 1e6:,.1f} M of them in Pallas kernels)' if kernel else '')
-    + f', and {1e3 * plan["waiting_seconds"]:,.1f} ms of waiting for collectives',
+    + (f', {other / 1e6:,.1f} M more that the compiler does not count' if other else '')
+    + f', {1e3 * plan["waiting_seconds"]:,.1f} ms of waiting for collectives',
     f'roofline          FLOPs {1e3 * roofline["flops"]:,.1f} ms, memory {1e3 * roofline["memory"]:,.1f} ms, '
     f'collectives {1e3 * roofline["collectives"]:,.1f} ms; operation by operation {1e3 * roofline["each_operation"]:,.1f} ms',
     f'utilisation       {plan["estimated_utilisation"]:.1%} of peak by model FLOPs',

@@ -142,7 +142,7 @@ def time_of(cfg, topology, program, module: hlo.Module, facts: dict) -> dict:
     notes.append(
       "Pallas kernels are invisible to the compiler's cost model; theirs are the cycles of the cost they state"
     )
-  if any(work.kernel and costs.stated_cost(work.instruction) is None for work in works):
+  if any(work.kind == 'kernel' and costs.stated_cost(work.instruction) is None for work in works):
     notes.append('a Pallas kernel states no cost: its operations are not counted, its time is that of its operands')
   if module.uncounted:
     notes.append(f'loops without a known trip count, counted once: {", ".join(module.uncounted)}')
@@ -164,13 +164,13 @@ def time_of(cfg, topology, program, module: hlo.Module, facts: dict) -> dict:
     ],
     'estimated_cycles': found.cycles,
     'estimated_kernel_cycles': found.kernel_cycles,
+    'estimated_other_cycles': found.other_cycles,
     'estimated_by': found.method,
     'estimated_step_seconds': seconds,
     'roofline_seconds': {
       'flops': found.compute,
       'memory': found.memory,
       'collectives': found.exchange,
-      'overlapped': found.roofline,
       'each_operation': found.kernels,
     },
     'waiting_seconds': found.waiting,

@@ -33,6 +33,18 @@ def rows_by_process(order):
   return {process: sorted(rows) for process, rows in meshes._rows_of_processes(order).items()}
 
 
+def test_forced_devices_get_threads():
+  given = {'XLA_FLAGS': '--xla_a=1 --xla_force_host_platform_device_count=64'}
+  meshes.give_forced_devices_threads(given)
+  assert given['NPROC'] == '128'
+  given['NPROC'] = '70'
+  meshes.give_forced_devices_threads(given)
+  assert given['NPROC'] == '70'
+  for flags in ({}, {'XLA_FLAGS': '--xla_force_host_platform_device_count=1'}):
+    meshes.give_forced_devices_threads(flags)
+    assert 'NPROC' not in flags
+
+
 @pytest.mark.parametrize(
   'asked, shape',
   [(sizes(), (8, 1, 1)), (sizes(2, 2, 2), (2, 2, 2)), (sizes(1, -1, 2), (1, 4, 2)), (sizes(2, 1, -1), (2, 1, 4))],

@@ -67,7 +67,7 @@ def test_pallas_kernel_counts_what_its_author_states():
   module = entry("""  %p = bf16[8,8]{1,0} parameter(0)
   ROOT %k = bf16[8,8]{1,0} custom-call(%p), custom_call_target="tpu_custom_call", backend_config={"custom_call_config":{"body":"x","cost_estimate":{"flops":"1000","transcendentals":"3","bytes_accessed":"77"}}}""")
   (work,) = costs.works(module)
-  assert (work.kernel, work.flops, work.bytes) == (True, 1000, 77)
+  assert (work.kind, work.flops, work.bytes) == ('kernel', 1000, 77)
 
 
 def test_memory_counts_main_memory_only():
@@ -99,6 +99,16 @@ def test_memory_of_slices_and_updates_in_place():
   )
   one, whole = 256, 12 * 256
   assert [work.bytes for work in costs.works(module)] == [2 * one + 4, 2 * one + 4, 2 * whole]
+
+
+def test_memory_of_prefetched_slices():
+  module = entry("""  %p = f32[8,8]{1,0} parameter(0)
+  %s = ((f32[8,8]{1,0}), f32[2,8]{1,0:S(1)}, s32[]{:S(2)}) slice-start(%p), slice={[0:2], [0:8]}
+  %d = f32[2,8]{1,0:S(1)} slice-done(%s)
+  %c = (f32[8,8]{1,0:S(1)}, f32[8,8]{1,0}, u32[]{:S(2)}) copy-start(%p)
+  %e = f32[8,8]{1,0:S(1)} copy-done(%c)
+  ROOT %r = f32[8,8]{1,0} reshape(%e)""")
+  assert [(work.kind, work.bytes) for work in costs.works(module)] == [('beside', 64), ('beside', 256), ('other', 256)]
 
 
 @pytest.mark.parametrize(

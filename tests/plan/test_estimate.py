@@ -13,17 +13,23 @@ TPU = Chip('t', 'tpu', flops=1000.0, clock=10.0, hbm=1e9, bandwidth=100.0, link=
 GPU = Chip('g', 'cuda', flops=1000.0, clock=10.0, hbm=1e9, bandwidth=100.0, link=40.0, network=1.0, island=8)
 
 
-def work(flops=0.0, size=0.0, cycles=0.0, kernel=False):
-  return Work(hlo.Instruction('i', (), 'fusion', (), '', '', False), 1, flops, size, cycles, kernel)
+def work(flops=0.0, size=0.0, cycles=0.0, kind='compiler'):
+  return Work(hlo.Instruction('i', (), 'fusion', (), '', '', False), 1, kind, flops, size, cycles)
 
 
 def test_tpu_time_is_cycles_over_clock_and_a_kernel_counts_its_roofline():
-  found = estimate.of(TPU, [work(2000, 100, cycles=50), work(500, 300, kernel=True)], [])
+  found = estimate.of(TPU, [work(2000, 100, cycles=50), work(500, 300, kind='kernel')], [])
   assert found.kernel_cycles == pytest.approx(30)  # 300 bytes at 100 a second, 10 cycles a second
   assert found.cycles == pytest.approx(80)
   assert found.seconds == pytest.approx(8)
   assert (found.compute, found.memory, found.kernels) == pytest.approx((2.5, 4.0, 5.0))
-  assert found.roofline == pytest.approx(4.0)
+
+
+def test_tpu_time_holds_what_the_compiler_does_not_count():
+  found = estimate.of(TPU, [work(0, 100, cycles=50), work(0, 200, kind='other'), work(0, 300, kind='beside')], [])
+  assert (found.cycles, found.other_cycles) == pytest.approx((50, 20))
+  assert found.seconds == pytest.approx(5 + 2)
+  assert estimate.of(TPU, [work(0, 0, cycles=50), work(0, 900, kind='beside')], []).seconds == pytest.approx(9)
 
 
 def test_gpu_time_is_the_roofline_of_every_operation():
