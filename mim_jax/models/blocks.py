@@ -97,6 +97,48 @@ class SelfAttention(nn.Module):
     return y, attention.weights(q[:, :1] if self.show == 'cls' else q, k)
 
 
+class SplitHeads(nn.Module):
+  """x [B, N, D] -> [B, N, H, d] by a kernel [D, H, d]: queries, keys or values by a matrix of their own."""
+
+  heads: int
+  head_dim: int
+  dtype: str = 'float32'
+  use_bias: bool = True
+
+  @nn.compact
+  def __call__(self, x):
+    width, shape = x.shape[-1], (self.heads, self.head_dim)
+    kernel = self.param('kernel', xavier_uniform(width, self.heads * self.head_dim), (width, *shape))
+    y = matmul(x.astype(self.dtype), kernel.astype(self.dtype))
+    return y + self.param('bias', zeros, shape).astype(self.dtype) if self.use_bias else y
+
+
+class CrossAttention(nn.Module):
+  """Attention with separate query, key and value matrices: x [B, N, D], context [B, M, E] -> [B, N, D].
+
+  Self-attention of that form (BERT) is `context = x`. `values`, where given, [B, M, E], replace the context for the values alone (CAE
+  normalises keys and values apart). `mask` as in `ops.attention.attention`. With `show`, the attention [B, H, N, M] float32 comes too.
+
+  Attributes:
+    heads: their number; the width of all together is D.
+    bias: which of the projections have one: letters of 'qkv'.
+  """
+
+  heads: int
+  dtype: str = 'float32'
+  bias: str = 'qkv'
+  show: bool = False
+
+  @nn.compact
+  def __call__(self, x, context, mask=None, values=None):
+    head_dim = x.shape[-1] // self.heads
+    split = lambda letter, name: SplitHeads(self.heads, head_dim, self.dtype, letter in self.bias, name=name)
+    q, k = split('q', 'query')(x), split('k', 'key')(context)
+    v = split('v', 'value')(context if values is None else values)
+    y = MergeHeads(x.shape[-1], self.dtype, name='proj')(attention.attention(q, k, v, mask))
+    return (y, attention.weights(q, k, mask)) if self.show else y
+
+
 def quick_gelu(x):
   """x sigmoid(1.702 x), the GELU of OpenAI's CLIP."""
   return x * nn.sigmoid(1.702 * x)
