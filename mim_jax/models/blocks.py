@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.nn.initializers import zeros
 
-from mim_jax.ops import attention
+from mim_jax.ops import activations, attention, placement
 
 
 def xavier_uniform(fan_in, fan_out):
@@ -23,7 +23,14 @@ def xavier_uniform(fan_in, fan_out):
 def matmul(x, kernel, contract=1):
   """Product of x [..., *c] and kernel [*c, *out] over the `contract` axes c -> [..., *out]."""
   lead = x.shape[: x.ndim - contract]
-  y = jnp.tensordot(x.reshape(-1, *x.shape[len(lead) :]), kernel, contract)
+  if not placement.on_tpu():  # leading axes in one: XLA's CPU products copy and transpose otherwise
+    y = jnp.tensordot(x.reshape(-1, *x.shape[len(lead) :]), kernel, contract)
+  elif placement.heads_whole():  # tokens stay, as they rarely fill whole tiles; heads in one, as they fill no registers
+    width = math.prod(kernel.shape[:contract])
+    # The barrier keeps the compiler from taking the reshape of the gradient into the product, whose layout then costs five times as much.
+    y = x.reshape(*lead, width) @ jax.lax.optimization_barrier(kernel.reshape(width, -1))
+  else:
+    y = jnp.tensordot(x, kernel, contract)
   return y.reshape(*lead, *kernel.shape[contract:])
 
 
@@ -44,22 +51,36 @@ class Dense(nn.Module):
 
 
 class Qkv(nn.Module):
-  """x [B, N, D] -> queries, keys and values [B, N, 3, H, d] by one kernel [D, 3, H, d].
+  """Queries, keys and values by one kernel [D, 3, H, d].
 
   Initialised as one [D, 3 D] matrix, whose bound is smaller than that of three [D, D] ones (facebookresearch/mae, models_mae.py).
+
+  Attributes:
+    use_bias: True for one bias of all three; letters of 'qkv' for parameters of their own, `q_bias` and so on, of those that have one
+      (BEiT and its descendants: 'qv').
   """
 
   heads: int
   dtype: str = 'float32'
-  use_bias: bool = True
+  use_bias: bool | str = True
 
   @nn.compact
   def __call__(self, x):
+    """x [B, N, D] -> (products [B, N, 3, H, d], biases [3, H, d], zero where there are none), both in `dtype` and to be added."""
     width = x.shape[-1]
     shape = (3, self.heads, width // self.heads)
     kernel = self.param('kernel', xavier_uniform(width, 3 * width), (width, *shape))
     y = matmul(x.astype(self.dtype), kernel.astype(self.dtype))
-    return y + self.param('bias', zeros, shape).astype(self.dtype) if self.use_bias else y
+    if isinstance(self.use_bias, str):
+      bias = jnp.stack(
+        [
+          self.param(f'{letter}_bias', zeros, shape[1:]) if letter in self.use_bias else jnp.zeros(shape[1:])
+          for letter in 'qkv'
+        ]
+      )
+    else:
+      bias = self.param('bias', zeros, shape) if self.use_bias else jnp.zeros(shape)
+    return y, bias.astype(self.dtype)
 
 
 class MergeHeads(nn.Module):
@@ -79,22 +100,24 @@ class MergeHeads(nn.Module):
 class SelfAttention(nn.Module):
   """Multi-head self-attention: x [B, N, D] -> [B, N, D].
 
-  With `show` the attention comes too, float32 [B, H, rows, N]: of the first token ('cls', rows = 1) or of all ('all', rows = N).
+  `mask` as in `ops.attention.attention`. With `show` the attention comes too, float32 [B, H, rows, N]: of the first token ('cls',
+  rows = 1) or of all ('all', rows = N).
   """
 
   heads: int
   dtype: str = 'float32'
-  qkv_bias: bool = True
+  qkv_bias: bool | str = True  # see `Qkv`
   show: str = ''
 
   @nn.compact
-  def __call__(self, x):
-    qkv = Qkv(self.heads, self.dtype, self.qkv_bias, name='qkv')(x)
-    q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
-    y = MergeHeads(x.shape[-1], self.dtype, name='proj')(attention.attention(q, k, v))
+  def __call__(self, x, mask=None):
+    qkv, bias = Qkv(self.heads, self.dtype, self.qkv_bias, name='qkv')(x)
+    y = MergeHeads(x.shape[-1], self.dtype, name='proj')(attention.self_attention(qkv, bias, mask))
     if not self.show:
       return y
-    return y, attention.weights(q[:, :1] if self.show == 'cls' else q, k)
+    q, k, _ = attention.parts(qkv + bias)
+    rows = slice(1) if self.show == 'cls' else slice(None)
+    return y, attention.weights(q[:, rows], k, None if mask is None else mask[:, :, rows])
 
 
 class SplitHeads(nn.Module):
@@ -113,11 +136,44 @@ class SplitHeads(nn.Module):
     return y + self.param('bias', zeros, shape).astype(self.dtype) if self.use_bias else y
 
 
+class KeyValue(nn.Module):
+  """context [B, M, E] -> keys and values [B, M, 2, H, d] by one kernel [E, 2, H, d], which starts as [E, 2 H d]."""
+
+  heads: int
+  head_dim: int
+  dtype: str = 'float32'
+  use_bias: bool = True
+
+  @nn.compact
+  def __call__(self, context):
+    width, shape = context.shape[-1], (2, self.heads, self.head_dim)
+    kernel = self.param('kernel', xavier_uniform(width, 2 * self.heads * self.head_dim), (width, *shape))
+    y = matmul(context.astype(self.dtype), kernel.astype(self.dtype))
+    return y + self.param('bias', zeros, shape).astype(self.dtype) if self.use_bias else y
+
+
+class JointCrossAttention(nn.Module):
+  """Attention with one matrix for keys and values, as in CrossMAE: x [B, N, D], context [B, M, E] -> [B, N, D]."""
+
+  heads: int
+  dtype: str = 'float32'
+  kv_bias: bool = True
+
+  @nn.compact
+  def __call__(self, x, context):
+    head_dim = x.shape[-1] // self.heads
+    q = SplitHeads(self.heads, head_dim, self.dtype, name='q')(x)
+    kv = KeyValue(self.heads, head_dim, self.dtype, self.kv_bias, name='kv')(context)
+    y = attention.attention(q, kv[:, :, 0], kv[:, :, 1])
+    return MergeHeads(x.shape[-1], self.dtype, name='proj')(y)
+
+
 class CrossAttention(nn.Module):
   """Attention with separate query, key and value matrices: x [B, N, D], context [B, M, E] -> [B, N, D].
 
   Self-attention of that form (BERT) is `context = x`. `values`, where given, [B, M, E], replace the context for the values alone (CAE
-  normalises keys and values apart). `mask` as in `ops.attention.attention`. With `show`, the attention [B, H, N, M] float32 comes too.
+  normalises keys and values apart). `mask` and `drop` as in `ops.attention.attention`. With `show`, the attention [B, H, N, M] float32
+  comes too.
 
   Attributes:
     heads: their number; the width of all together is D.
@@ -130,12 +186,12 @@ class CrossAttention(nn.Module):
   show: bool = False
 
   @nn.compact
-  def __call__(self, x, context, mask=None, values=None):
+  def __call__(self, x, context, mask=None, values=None, drop=None):
     head_dim = x.shape[-1] // self.heads
     split = lambda letter, name: SplitHeads(self.heads, head_dim, self.dtype, letter in self.bias, name=name)
     q, k = split('q', 'query')(x), split('k', 'key')(context)
     v = split('v', 'value')(context if values is None else values)
-    y = MergeHeads(x.shape[-1], self.dtype, name='proj')(attention.attention(q, k, v, mask))
+    y = MergeHeads(x.shape[-1], self.dtype, name='proj')(attention.attention(q, k, v, mask, drop))
     return (y, attention.weights(q, k, mask)) if self.show else y
 
 
@@ -151,7 +207,7 @@ def swiglu(x):
 
 
 ACTIVATIONS = {
-  'gelu': lambda x: nn.gelu(x, approximate=False),
+  'gelu': activations.gelu,
   'gelu_tanh': lambda x: nn.gelu(x, approximate=True),
   'quick_gelu': quick_gelu,
   'swiglu': swiglu,
@@ -200,10 +256,17 @@ def drop_path(x, uniform, rate):
   return x / keep.astype(x.dtype) * kept.astype(x.dtype)
 
 
+def dropout(x, keys, rate):
+  """x [B, ...] with entries zeroed with probability `rate` and the rest divided by 1 - rate, example i by its own key keys[i]."""
+  kept = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - rate, x.shape[1:]))(keys)
+  return jnp.where(kept, x / (1 - rate), 0).astype(x.dtype)
+
+
 class Block(nn.Module):
   """Pre-norm transformer block: x [B, N, D] -> (x, x if taps else None); the pair is what a scan over depth needs.
 
-  `drop` is None, or a pair for stochastic depth: uniforms [B, 2] (attention, MLP) and the rate of this block.
+  `drop` is None, or a pair for stochastic depth: uniforms [B, 2] (attention, MLP) and the rate of this block. `mask` as in
+  `ops.attention.attention`; in a `stack` all blocks share it: in_axes=(0, nn.broadcast).
 
   Attributes:
     layer_scale: start of a learned scale of either branch; 0 for none.
@@ -215,13 +278,13 @@ class Block(nn.Module):
   eps: float = 1e-6
   dtype: str = 'float32'
   taps: bool = False
-  qkv_bias: bool = True
+  qkv_bias: bool | str = True  # see `Qkv`
   activation: str = 'gelu'
   layer_scale: float = 0.0
   show: str = ''
 
   @nn.compact
-  def __call__(self, x, drop=None):
+  def __call__(self, x, drop=None, mask=None):
     def branch(y, i):
       if self.layer_scale:
         y = LayerScale(self.layer_scale, self.dtype, name=f'layer_scale{i + 1}')(y)
@@ -229,7 +292,7 @@ class Block(nn.Module):
 
     hidden = int(x.shape[-1] * self.mlp_ratio + 1e-6)  # a ratio such as 4096 / 1536 falls short of the whole number
     y = LayerNorm(self.eps, self.dtype, name='norm1')(x)
-    y = SelfAttention(self.heads, self.dtype, self.qkv_bias, self.show, name='attn')(y)
+    y = SelfAttention(self.heads, self.dtype, self.qkv_bias, self.show, name='attn')(y, mask)
     y, weights = y if self.show else (y, None)
     x = x + branch(y, 0)
     y = LayerNorm(self.eps, self.dtype, name='norm2')(x)
@@ -238,16 +301,44 @@ class Block(nn.Module):
     return x, (taps, weights) if self.show else taps
 
 
+class CrossBlock(nn.Module):
+  """Pre-norm block of a decoder that looks at an encoder: (x [B, N, D], context [B, M, E]) -> (x, x if taps else None).
+
+  Branches in order: self-attention (`self_attn`), cross-attention, MLP. The context is taken as it is, without a norm.
+  In a `stack` it has depth as its leading axis: block i reads context[i].
+  """
+
+  heads: int
+  mlp_ratio: float = 4
+  eps: float = 1e-6
+  dtype: str = 'float32'
+  taps: bool = False
+  self_attn: bool = True
+
+  @nn.compact
+  def __call__(self, x, context):
+    hidden = int(x.shape[-1] * self.mlp_ratio + 1e-6)
+    if self.self_attn:
+      y = LayerNorm(self.eps, self.dtype, name='norm0')(x)
+      x = x + SelfAttention(self.heads, self.dtype, name='self_attn')(y)
+    y = LayerNorm(self.eps, self.dtype, name='norm1')(x)
+    x = x + JointCrossAttention(self.heads, self.dtype, name='cross_attn')(y, context)
+    y = LayerNorm(self.eps, self.dtype, name='norm2')(x)
+    x = x + Mlp(hidden, self.dtype, name='mlp')(y)
+    return x, x if self.taps else None
+
+
 REMAT = {
   'dots': jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims,  # keeps products with weights, computes the rest again
   'full': jax.checkpoint_policies.nothing_saveable,
 }
 
 
-def stack(block, depth: int, scan: bool, remat: str):
+def stack(block, depth: int, scan: bool, remat: str, in_axes=0):
   """A module class that applies `block` `depth` times: (x, drop) -> (x, taps stacked on a leading axis, or None).
 
-  `drop`, where given, has depth as its leading axis. Raises ValueError for an unknown `remat`.
+  `drop`, where given, has depth as its leading axis. `in_axes` says so of every argument after x: 0, or `nn.broadcast` for one that
+  all blocks share. Raises ValueError for an unknown `remat`.
   """
   if remat != 'none':
     if remat not in REMAT:
@@ -257,7 +348,7 @@ def stack(block, depth: int, scan: bool, remat: str):
     block,
     variable_axes={'params': 0},
     split_rngs={'params': True},
-    in_axes=0,
+    in_axes=in_axes,
     length=depth,
     unroll=1 if scan else depth,
   )

@@ -1,0 +1,35 @@
+"""What the operations know of the devices that a step is traced for: whether these are TPUs, and how a batch lies on them.
+
+The train step is traced within `jax.sharding.use_abstract_mesh`. Outside of it (a notebook, an evaluator) nothing is known, and operations
+take their plain form, which is right everywhere.
+"""
+
+import math
+
+import jax
+from jax.sharding import PartitionSpec
+
+from mim_jax.parallel import mesh as meshes
+
+
+def on_tpu() -> bool:
+  """Whether the step is traced for TPUs."""
+  device = getattr(jax.sharding.get_abstract_mesh(), 'abstract_device', None)
+  return device is not None and device.platform == 'tpu'
+
+
+def heads_whole() -> bool:
+  """Whether every device holds all heads of its layers: no tensor parallelism. Only where `on_tpu`."""
+  return jax.sharding.get_abstract_mesh().shape['tensor'] == 1
+
+
+def rows_per_device(function, batch: int):
+  """`function(x [B, ...], whole) -> [B, ...]` on each device's own rows, or None where a batch of this size cannot be cut as the mesh is.
+
+  Pallas kernels are opaque to the compiler, which would gather their whole arguments on every device. Only where `on_tpu`.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  if batch % math.prod(mesh.shape[axis] for axis in meshes.BATCH_AXES):
+    return None
+  rows = PartitionSpec(meshes.BATCH_AXES)
+  return jax.shard_map(function, in_specs=(rows, PartitionSpec()), out_specs=rows, check_vma=False)
