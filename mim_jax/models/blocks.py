@@ -31,7 +31,7 @@ def matmul(x, kernel, contract=1):
     y = x.reshape(*lead, width) @ jax.lax.optimization_barrier(kernel.reshape(width, -1))
   else:
     y = jnp.tensordot(x, kernel, contract)
-  return y.reshape(*lead, *kernel.shape[contract:])
+  return placement.by_rows(y.reshape(*lead, *kernel.shape[contract:]))
 
 
 class Dense(nn.Module):

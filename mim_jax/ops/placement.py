@@ -18,6 +18,19 @@ def on_tpu() -> bool:
   return device is not None and device.platform == 'tpu'
 
 
+def by_rows(x):
+  """x [B, ...], told to lie by rows on the devices as the batch does, its other axes as the compiler likes; so is its gradient.
+
+  Without that word the compiler may cut the products of a loop over layers by their weights, and gather the activations of the whole batch.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  rows = 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in meshes.BATCH_AXES)
+  if rows == 1 or x.shape[0] % rows:
+    return x
+  spec = PartitionSpec(meshes.BATCH_AXES, *(PartitionSpec.UNCONSTRAINED,) * (x.ndim - 1))
+  return jax.lax.with_sharding_constraint(x, spec)
+
+
 def heads_whole() -> bool:
   """Whether every device holds all heads of its layers: no tensor parallelism. Only where `on_tpu`."""
   return jax.sharding.get_abstract_mesh().shape['tensor'] == 1
