@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent
 class BuildWithRecipes(build_py):
   """Puts configs/*.py into a wheel as mim_jax/configs/, so that `--config=configs/mae.py` is found without a checkout.
 
-  An editable install needs no copy: the folder lies beside the package.
+  Likewise tests/records.json. An editable install needs no copy: both lie beside the package.
   """
 
   def run(self):
@@ -22,6 +22,8 @@ class BuildWithRecipes(build_py):
         target = Path(self.build_lib, 'mim_jax', 'configs', recipe.name)
         self.mkpath(str(target.parent))
         self.copy_file(str(recipe), str(target))
+      for records in ROOT.glob('tests/records.json'):  # what `mim-jax methods` shows
+        self.copy_file(str(records), str(Path(self.build_lib, 'mim_jax', 'records.json')))
 
 
 setup(

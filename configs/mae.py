@@ -45,11 +45,29 @@ def get_config(arg=''):
     'trust': 0.001,
     'features': 'cls',
   }
+  finetune = {  # facebookresearch/mae, FINETUNE.md and main_finetune.py: base | large | huge
+    'every': 'never',  # a training of its own: mim-jax eval --workdir=runs/mae_b --evals=finetune
+    'test': ':validation',
+    'baselines': (),
+    'train_transforms': (
+      'decode | random_resized_crop(224, scale=(0.08, 1.0)) | flip | rand_augment(9, std=0.5, ops=2) | normalize'
+      ' | random_erasing(p=0.25)'
+    ),
+    'batch_size': 1024,
+    'train_batch': 1024,
+    'epochs': 100 if args.size == 'B' else 50,
+    'warmup_epochs': 5,
+    'base_lr': 5e-4 if args.size == 'B' else 1e-3,
+    'min_lr': 1e-6,
+    'layer_decay': 0.65 if args.size == 'B' else 0.75,
+    'drop_path': {'B': 0.1, 'L': 0.2, 'H': 0.3}.get(args.size, 0.1),
+  }
   cfg.evals = {
     'knn': suite.settings(
       'knn', {'every': '50 epochs', 'train': ':train[:10%]', 'test': ':validation', 'baselines': ()}
     ),
     'linear': suite.settings('linear', probe),
+    'finetune': suite.settings('finetune', finetune),
   }
   return cfg
 
@@ -69,8 +87,19 @@ def debug(cfg):
   cfg.log_every = '20 steps'
   cfg.checkpoint.every = '500 steps'
   evaluation = {'test': ':validation', 'batch_size': 256}
+  fit = evaluation | {  # trainings of their own, from 1,000 labelled images: mim-jax eval --evals=finetune,segment
+    'every': 'never',
+    'train': ':train[:1000]',
+    'train_transforms': cfg.data.transforms,
+    'train_batch': 32,
+    'base_lr': 8e-3,
+    'layer_decay': 0.75,
+    'drop_path': 0.1,
+  }
   cfg.evals = {
     'knn': suite.settings('knn', evaluation | {'features': 'max'}),
     'linear': suite.settings('linear', evaluation | {'features': 'mean', 'trust': 0.03}),
+    'finetune': suite.settings('finetune', fit | {'epochs': 10, 'warmup_epochs': 1, 'mixup': 0, 'cutmix': 0}),
+    'segment': suite.settings('segment', fit | {'epochs': 8, 'classes': 13, 'decoder': 'conv', 'frozen': False}),
   }
   return cfg

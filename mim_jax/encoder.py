@@ -61,10 +61,12 @@ class Preprocess:
   def __call__(self, pictures) -> np.ndarray:
     """One picture or several, each a path, the bytes of a file or an array [H, W, C] uint8 -> [B, H, W, C] float32.
 
+    For an encoder of volumes each is an array [H, W, D] or the path of one (.npy).
+
     Raises UserError for bytes that are no picture and for pictures that do not come out of one size.
     """
     single = isinstance(pictures, str | Path | bytes) or (isinstance(pictures, np.ndarray) and pictures.ndim == 3)
-    chain = transforms.parse(self.transforms)
+    chain = transforms.parse(self.transforms).of_images()
     made = [self._one(chain, picture) for picture in ([pictures] if single else pictures)]
     sizes = {image.shape for image in made}
     if len(sizes) > 1:
@@ -74,7 +76,9 @@ class Preprocess:
     return chain.batch({'image': np.stack(made)})['image']
 
   def _one(self, chain, picture):
-    image = Path(picture).read_bytes() if isinstance(picture, str | Path) else picture
+    image = picture
+    if isinstance(picture, str | Path):
+      image = np.load(picture, mmap_mode='r') if Path(picture).suffix == '.npy' else Path(picture).read_bytes()
     return chain.example({'image': image}, np.random.default_rng(0))['image']  # evaluation draws nothing
 
 
@@ -209,21 +213,22 @@ def bundle_of_run(path: Path) -> bundles.Bundle:
     raise CheckpointError(
       f'the method {options["name"]} of {path} has no plain ViT as its encoder (missing: {", ".join(absent) or "params/encoder/blocks"}); only such encoders convert'
     )
-  rank = len(options['image_size']) if isinstance(options['image_size'], Sequence) else 2
+  rank = len(run.method.fields['image'].shape) - 1 if 'image' in run.method.fields else 2
   patch, size = vit.sides(options['patch'], rank), vit.sides(options['image_size'], rank)
   blocks = encoder['blocks']
+  qkv = blocks['attn']['qkv']
   spec = dict(
     **vit.size(options['size']),
     patch=patch,
     grid=patches.grid_of(size, patch),
     mlp_ratio=blocks['mlp']['fc2']['kernel'].shape[1] / vit.size(options['size'])['width'],
-    pos='learned' if 'pos_embed' in encoder else 'sincos',
+    pos='learned' if 'pos_embed' in encoder else options.get('pos', 'sincos'),
     final_norm='norm' in encoder,
     eps=options.get('ln_eps', 1e-6),
     cls='cls_token' in encoder,
     registers=encoder['registers'].shape[1] if 'registers' in encoder else 0,
     patch_bias='bias' in encoder['patch_embed'],
-    qkv_bias='bias' in blocks['attn']['qkv'],
+    qkv_bias='bias' in qkv or ''.join(letter for letter in 'qkv' if f'{letter}_bias' in qkv),
     embed_norm='embed_norm' in encoder,
     activation=options.get('activation', 'gelu'),
     layer_scale=1.0 if 'layer_scale1' in blocks else 0.0,

@@ -81,7 +81,10 @@ class Method:
     init: (key, batch) -> params. Only shapes and dtypes of the batch are used, so it runs under `jax.eval_shape`.
     draw: (key, batch) -> draws.
     loss: (params, state, frozen, batch, draws, step) -> (scalar float32, {'metrics': {name: scalar}, 'out': {name: array}}).
-    encode: (params, batch, state=None) -> {'tokens' [B, N, D], optionally 'cls' [B, D], 'layers' [L, B, N + cls, D]}; never masked, never random.
+    encode: (params, batch, state=None) -> {'tokens' [B, N, D], optionally 'cls' [B, D]}; never masked, and random only by `drop`. It may take
+      two keywords more, and evaluators that need one say so when it does not. `layers=True` adds 'layers' [L, B, prefix + N, D], the output
+      of every block ahead of the final norm. `drop=(keys [B], rate)` is stochastic depth for fine-tuning: a PRNG key per example, and the
+      rate of the last block; `models.vit.with_drop_path` turns it into what a ViT takes.
     frozen: (key, batch) -> frozen tree with random weights of the right shapes; real weights are put in by `config.frozen.path`.
     state: (params) -> state at step 0.
     after_step: (state, params, out, step) -> state; sees the updated params and the `out` of the loss.

@@ -32,7 +32,7 @@ NO_WD = r'bias$|scale$'
 VECTOR = re.compile(r'(^|/)([qkv]_)?(bias|scale)$')
 
 # Layer 0 of layer-wise decay, and the layers 1 to L (facebookresearch/mae, util/lr_decay.py).
-EMBEDDING = re.compile(r'(cls_token|pos_embed|patch_embed)(/|$)')
+EMBEDDING = re.compile(r'(cls_token|pos_embed|patch_embed\d*|blocks\d+)(/|$)')  # with numbers: a stem of several stages
 BLOCKS = re.compile(r'blocks/')
 
 Tree = Any

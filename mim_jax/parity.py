@@ -79,8 +79,13 @@ def module_of(case_name: str):
   return importlib.import_module(f'mim_jax.official.{max(fits, key=len)}')
 
 
-def compare(name: str, reference: np.ndarray, ours, tolerance: float = TOLERANCE) -> Row:
-  """Outputs to `tolerance`, relative to the largest entry where that exceeds 1; gradients relative to the largest entry (floor 1e-7)."""
+def compare(
+  name: str, reference: np.ndarray, ours, tolerance: float = TOLERANCE, agreement: tuple[float, float] | None = None
+) -> Row:
+  """Outputs to `tolerance`, relative to the largest entry where that exceeds 1; gradients relative to the largest entry (floor 1e-7).
+
+  With `agreement` (share, within), that share of the entries must agree to `within`, and the others do not count.
+  """
   if ours is None:
     return Row(name, np.inf, np.inf, False, 'not replayed')
   ours = np.asarray(ours)
@@ -90,6 +95,11 @@ def compare(name: str, reference: np.ndarray, ours, tolerance: float = TOLERANCE
     return Row(name, np.inf, np.inf, False, 'not finite')
   largest = float(np.max(np.abs(reference.astype(np.float64)), initial=0.0))
   absolute = float(np.max(np.abs(ours.astype(np.float64) - reference.astype(np.float64)), initial=0.0))
+  if agreement is not None:
+    share, within = agreement
+    found = float(np.mean(np.abs(ours.astype(np.float64) - reference.astype(np.float64)) <= within))
+    note = f'{found:.2%} of entries within {within:g}, {share:.2%} must be'
+    return Row(name, absolute, absolute / max(largest, 1e-30), found >= share, note)
   scale = max(largest, 1e-7 / tolerance) if name.startswith('grad') else max(largest, 1.0)
   return Row(name, absolute, absolute / max(largest, 1e-30), absolute <= tolerance * scale)
 
@@ -97,12 +107,13 @@ def compare(name: str, reference: np.ndarray, ours, tolerance: float = TOLERANCE
 def run(case: Case) -> list[Row]:
   """Replays a case and compares every `out/` and `grad*/` tensor it holds."""
   module = module_of(case.name)
-  tolerances = getattr(module, 'TOLERANCES', {})
+  tolerances, agreements = getattr(module, 'TOLERANCES', {}), getattr(module, 'AGREEMENT', {})
   with jax.default_matmul_precision('highest'):
     ours = module.replay(case)
   expected = {name: value for name, value in case.tensors.items() if not name.startswith(('w/', 'in/'))}
   return [
-    compare(name, value, ours.get(name), tolerances.get(name, TOLERANCE)) for name, value in sorted(expected.items())
+    compare(name, value, ours.get(name), tolerances.get(name, TOLERANCE), agreements.get(name))
+    for name, value in sorted(expected.items())
   ]
 
 

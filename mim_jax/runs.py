@@ -58,18 +58,31 @@ def open_run(workdir: str | Path, data: dict[str, Any] | None = None) -> Run:
   Raises:
     UserError: no run there, no checkpoint in it, or its data is missing.
   """
+  cfg, program, feeds = prepare(workdir, data)
+  train, at = restore(workdir, cfg, program)
+  frozen, _ = frozen_networks(program, cfg.seed, cfg.frozen.path)
+  return Run(Path(workdir), cfg, program, feeds, train, frozen, at)
+
+
+def prepare(workdir: str | Path, data: dict[str, Any] | None = None):
+  """(config, program on a mesh of all devices, feeds) of a run's folder; nothing is computed or read from a checkpoint."""
   cfg = read_config(workdir)
   cfg.data = config.merge(cfg.data, data or {}, 'data')
   mesh = meshes.make_mesh({'data': 1, 'fsdp': -1, 'tensor': 1})
   feeds = Feeds(cfg.data, mesh, cfg.seed)
-  program = step.assemble(cfg, mesh, len(feeds.source(cfg.data.source)))
-  manager = Manager(Path(workdir) / 'checkpoints')
-  restored = manager.restore(program.train)
+  return cfg, step.assemble(cfg, mesh, len(feeds.source(cfg.data.source))), feeds
+
+
+def restore(workdir: str | Path, cfg, program: step.Program, at: int | None = None) -> tuple[dict[str, Any], int]:
+  """(train state, its step) of the newest good checkpoint, or of the one of step `at`. Collective.
+
+  Raises CheckpointError when there is none, or none that is whole.
+  """
+  restored = Manager(Path(workdir) / 'checkpoints').restore(program.train, at)
   if restored is None:
     raise CheckpointError(f'{workdir} has no checkpoint yet; its config saves every {cfg.checkpoint.every}')
   train, meta = restored
-  frozen, _ = frozen_networks(program, cfg.seed, cfg.frozen.path)
-  return Run(Path(workdir), cfg, program, feeds, train, frozen, meta['step'])
+  return train, meta['step']
 
 
 def frozen_networks(program: step.Program, seed: int, path: str):

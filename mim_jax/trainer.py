@@ -66,9 +66,7 @@ class Trainer:
       examples = len(self.feeds.source(cfg.data.source))
     self.program = program = assemble(cfg, self.mesh, examples)
     self.suite = suite.build(cfg.evals, cfg.data.source, cfg.data.eval_transforms, cfg.batch_size)
-    for specs in self.suite.sources().values():
-      for spec in specs:
-        self.feeds.source(spec)
+    self.suite.check(self.feeds, features.options_of(program.method.encode))
     self.pipeline = self.feeds.training(cfg.batch_size, tuple(program.method.fields))
     given = {name: (spec.shape[1:], spec.dtype) for name, spec in self.pipeline.spec().items()}
     program.method.check_fields(given, f'{cfg.data.source} with transforms {cfg.data.transforms!r}')
@@ -289,7 +287,7 @@ class Trainer:
       picture=lambda name, image: self.writer.picture(done, name, image),
       say=self.progress.say,
     )
-    encoder = features.from_method(self.program.method, self.shown_params, self.state['state'])
+    encoder = features.from_method(self.program.method, self.shown_params, self.state['state'], frozen=self.frozen)
     try:
       results = self.suite.run(due, encoder, self._untrained, context)
     except suite.Interrupted:
@@ -301,7 +299,9 @@ class Trainer:
 
   def _untrained(self):
     fresh = self.program.init(np.uint32(self.cfg.seed))
-    return features.from_method(self.program.method, fresh['params'], fresh['state'], name='untrained')
+    return features.from_method(
+      self.program.method, fresh['params'], fresh['state'], name='untrained', frozen=self.frozen
+    )
 
   def _finish(self, figures: dict[str, float]) -> dict[str, float]:
     self.manager.wait()

@@ -51,3 +51,110 @@ def cifar10():
 def devices():
   assert jax.device_count() == 8
   return jax.devices()
+
+
+# Records: with --record, the outcome of every test of a method is written down, which `mim-jax methods` shows
+# (mim_jax/records.py).
+
+
+def pytest_addoption(parser):
+  parser.addoption(
+    '--record', action='store_true', help='write the outcome of every test of a method to tests/records.json'
+  )
+
+
+def pytest_configure(config):
+  config.addinivalue_line(
+    'markers',
+    'verifies(kind): what a test shows of a method, unless it is parity (replays), learning (slow) or properties',
+  )
+  if config.getoption('--record') and not hasattr(
+    config, 'workerinput'
+  ):  # workers of xdist report to the first process
+    config.pluginmanager.register(Recorder())
+
+
+def subject(item):
+  """[method, kind] of a test, or None: by its marks and its file, tests/{methods,official}/test_NAME*.py.
+
+  A test with the mark `verifies` may stand anywhere; it is of the method that one of its parameters names, if any does.
+  """
+  from mim_jax import method
+
+  mark = item.get_closest_marker('verifies')
+  known = method.names()
+  stem = item.path.stem.removeprefix('test_') if item.path.parent.name in ('methods', 'official') else ''
+  fits = [name for name in known if stem == name or stem.startswith(f'{name}_')]
+  if mark:
+    parameters = item.callspec.params.values() if hasattr(item, 'callspec') else ()
+    fits = [value for value in parameters if value in known] or fits
+  if not fits:
+    return None
+  usual = 'learning' if item.get_closest_marker('slow') else 'properties'
+  return [max(fits, key=len), mark.args[0] if mark else usual]
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+  if item.config.getoption('--record') and (found := subject(item)):
+    item.user_properties.append(('verifies', found))
+
+
+@pytest.fixture
+def record(request):
+  """Keeps figures of a test beside its outcome: record(hidden=0.05, mean_target=1.0)."""
+
+  def keep(**figures):
+    request.node.user_properties.append(('figures', {name: float(value) for name, value in figures.items()}))
+
+  return keep
+
+
+@pytest.fixture(autouse=True)
+def _replays_are_noted(request, monkeypatch):
+  """With --record, a test that compares a reference case (`parity.run`) gets its counts as figures, and is parity."""
+  if not request.config.getoption('--record'):
+    return
+  from mim_jax import parity
+
+  compare_all = parity.run
+
+  def noted(case):
+    rows = compare_all(case)
+    error = max(min(row.absolute, row.relative) for row in rows)
+    figures = {'tensors': len(rows), 'within': sum(row.ok for row in rows), 'error': float(error)}
+    request.node.user_properties.append(('replay', {case.name: figures}))
+    return rows
+
+  monkeypatch.setattr(parity, 'run', noted)
+
+
+class Recorder:
+  """Gathers the reports of a session and merges them into tests/records.json at its end."""
+
+  def __init__(self):
+    self.results = {}
+
+  def pytest_runtest_logreport(self, report):
+    told = {}
+    for name, value in report.user_properties:
+      told.setdefault(name, []).append(value)
+    if 'verifies' not in told or (report.when != 'call' and report.passed):
+      return
+    from mim_jax import records
+
+    name, kind = told['verifies'][0]
+    if 'replay' in told and kind == 'properties':
+      kind = 'parity'
+    figures = {
+      key: value for part in (*told.get('replay', ()), *told.get('figures', ())) for key, value in part.items()
+    }
+    self.results[report.nodeid] = records.result(name, kind, report.nodeid, report.outcome, figures)
+
+  def pytest_sessionfinish(self):
+    from mim_jax import records
+
+    path = ROOT / 'tests' / 'records.json'
+    old = records.read(path) if path.is_file() else []
+    if self.results:
+      records.write(path, records.merge(old, self.results.values(), ROOT))

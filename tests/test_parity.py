@@ -45,3 +45,13 @@ def test_exit_codes(goldens, tmp_path, capsys):
   (tmp_path / 'mae_off.json').write_text((goldens / 'mae.json').read_text())
   assert cli.main(['parity', str(tmp_path / 'mae_off.safetensors')]) == 1
   assert 'out/pred' in [line.split()[0] for line in capsys.readouterr().out.splitlines() if 'OUT OF TOLERANCE' in line]
+
+
+def test_a_share_of_the_entries_may_be_asked_to_agree():
+  reference = np.zeros(1000, np.float32)
+  ours = reference.copy()
+  ours[:4] = 1.0
+  assert parity.compare('out/attack', reference, ours, agreement=(0.995, 1e-6)).ok
+  assert not parity.compare('out/attack', reference, ours, agreement=(0.997, 1e-6)).ok
+  assert not parity.compare('out/attack', reference, ours).ok
+  assert not parity.compare('out/attack', reference, ours[:10], agreement=(0.5, 1e-6)).ok

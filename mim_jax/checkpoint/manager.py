@@ -328,11 +328,12 @@ class Manager:
       self._orbax.save(step, args=args, force=True)
     return True
 
-  def restore(self, abstract_state: Tree) -> tuple[Tree, dict] | None:
+  def restore(self, abstract_state: Tree, step: int | None = None) -> tuple[Tree, dict] | None:
     """The newest undamaged checkpoint as (train state, meta), or None when there is no checkpoint. Collective.
 
     Args:
       abstract_state: tree of arrays or ShapeDtypeStructs that carry the shardings wanted; any mesh will do.
+      step: only the checkpoint of this step will do.
 
     Raises:
       CheckpointError: the checkpoint holds other arrays than `abstract_state`, or every checkpoint is damaged.
@@ -349,7 +350,7 @@ class Manager:
       return jax.tree.unflatten(jax.tree.structure(abstract_state), [arrays[path] for path in wanted]), contents.meta
 
     try:
-      return newest_good(self.directory, self.steps(), use, refused)
+      return newest_good(self.directory, self.steps() if step is None else [step], use, refused)
     finally:
       self.refused += refused
       self._retention.damaged.update(step for step, _ in refused)

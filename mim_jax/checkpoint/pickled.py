@@ -234,12 +234,14 @@ def _read_legacy(path):
 
 
 def _flat(node, name: str, above: set[int]) -> Iterator[tuple[str, Tensor]]:
-  """(dotted name, tensor) for each tensor in nested containers; TorchScript modules are containers."""
+  """(dotted name, tensor) for each tensor in nested containers; modules, TorchScript or pickled whole, are containers."""
   if isinstance(node, Tensor):
     yield name, node
     return
   if isinstance(node, Opaque) and node.name.startswith('__torch__'):
     node = node.state
+  elif isinstance(node, Opaque) and isinstance(node.state, dict) and '_modules' in node.state:  # a whole torch.nn.Module
+    node = {**(node.state.get('_parameters') or {}), **(node.state.get('_buffers') or {}), **node.state['_modules']}
   if isinstance(node, dict):
     items = node.items()
   elif isinstance(node, list | tuple):

@@ -7,7 +7,7 @@ import numpy as np
 
 from mim_jax import cli, config, step
 from mim_jax.data.feeds import Feeds
-from mim_jax.evals import suite
+from mim_jax.evals import features, suite
 from mim_jax.parallel import mesh as meshes
 
 HELP = """checks a config without computing anything: keys, data, fields, shapes of the whole step
@@ -29,6 +29,7 @@ def run(args):
   examples = len(feeds.source(cfg.data.source))
   program = step.assemble(cfg, mesh, examples)
   evaluators = suite.build(cfg.evals, cfg.data.source, cfg.data.eval_transforms, cfg.batch_size)
+  evaluators.check(feeds, features.options_of(program.method.encode))
   sources = {spec: len(feeds.source(spec)) for specs in evaluators.sources().values() for spec in specs}
   pipeline = feeds.training(cfg.batch_size, tuple(program.method.fields))
   given = {name: (spec.shape[1:], spec.dtype) for name, spec in pipeline.spec().items()}

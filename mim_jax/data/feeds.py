@@ -44,9 +44,10 @@ class Feeds:
     return self.pipeline(self.cfg.source, self.cfg.transforms, batch_size, fields, self.seed)
 
   def pipeline(self, source: str, transforms: str, batch_size: int, fields: Sequence[str], seed: int) -> Pipeline:
+    opened = self.source(source)
     return Pipeline(
-      self.source(source),
-      images.parse(transforms),
+      opened,
+      images.parse(transforms).bind(opened),
       batch_size,
       seed,
       rows=meshes.local_rows(self.mesh, batch_size),
@@ -71,9 +72,9 @@ class Feeds:
 
   def first(self, source: str, transforms: str, count: int, fields: Sequence[str]) -> dict[str, jax.Array]:
     """The first `count` examples, whole on every device (for pictures)."""
-    made = Pipeline(
-      self.source(source), images.parse(transforms), count, self.seed, shuffle=False, threads=0, fields=fields
-    )
+    opened = self.source(source)
+    chain = images.parse(transforms).bind(opened)
+    made = Pipeline(opened, chain, count, self.seed, shuffle=False, threads=0, fields=fields)
     batch = made.batch(0)
     batch.pop('corrupt')
     whole = meshes.replicated(self.mesh)

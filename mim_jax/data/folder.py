@@ -1,11 +1,11 @@
-"""Images in folders, of any channel count: JPEG, PNG, WebP, TIFF and NPY."""
+"""Images and volumes in folders, of any channel count: JPEG, PNG, WebP, TIFF and NPY."""
 
 import os
 import pathlib
 
 import numpy as np
 
-from mim_jax.data import tiff
+from mim_jax.data import decoding, tiff
 from mim_jax.data.sources import CorruptExample, Feature, Source
 from mim_jax.errors import ConfigError, MissingData
 
@@ -18,7 +18,11 @@ class FolderSource(Source):
 
   When each image lies in one of at least two first-level folders, those are the classes, in sorted order, as field
   `label`. Files are only listed here; a broken one shows when it is read. An NPY file holds [H, W], [H, W, C] or, for
-  volumes, [D, H, W, C].
+  volumes, [D, H, W, C] or, for the transforms of `volumes`, without channels; it is mapped, so a crop reads no more of
+  it than it needs.
+
+  A folder of just two folders, `images` and `masks`, is a set for segmentation: images/a/1.jpg has the labels of its
+  pixels in masks/a/1.png or .npy, field `mask` [H, W, 1], or as the file has it, of whole numbers.
   """
 
   def __init__(self, path):
@@ -35,12 +39,32 @@ class FolderSource(Source):
       )
     tops = [p.partition('/')[0] if '/' in p else None for p in self.paths]
     names = sorted(set(tops), key=str)
-    self.labels = None
+    self.labels = self.masks = None
+    if names == ['images', 'masks']:
+      self.paths, self.masks = self._pairs()
+      names = []
     self.features = {'image': self._image_feature()}
+    if self.masks:
+      mask = self._mask(0)
+      self.features['mask'] = Feature((None,) * mask.ndim, mask.dtype)
     if None not in names and len(names) > 1:
       number = {name: i for i, name in enumerate(names)}
       self.labels = np.array([number[t] for t in tops], np.int32)
       self.features['label'] = Feature((), np.dtype(np.int32), len(names), tuple(names))
+
+  def _pairs(self):
+    """Paths of the images and of their masks, which have the same path but for the first folder and the suffix."""
+    stem = lambda path: os.path.splitext(path.partition('/')[2])[0]
+    masks = {stem(path): path for path in self.paths if path.startswith('masks/')}
+    images = [path for path in self.paths if path.startswith('images/')]
+    alone = [path for path in images if stem(path) not in masks]
+    if alone or len(images) != len(masks):
+      raise ConfigError(
+        f'{self.name} holds {len(images)} images and {len(masks)} masks'
+        + (f'; {alone[0]} has none' if alone else '')
+        + '; expected masks/NAME.png or .npy for each images/NAME.*'
+      )
+    return images, [masks[stem(path)] for path in images]
 
   def _image_feature(self):
     """From the kinds of files, and from the header or content of the first few arrays if there are any."""
@@ -66,19 +90,39 @@ class FolderSource(Source):
 
   def _read(self, index):
     example = {'image': self._image(index)}
+    if self.masks is not None:
+      example['mask'] = self._mask(index)
     if self.labels is not None:
       example['label'] = self.labels[index]
     return example
 
   def _image(self, index):
-    path = self.root / self.paths[index]
+    image = self._open(self.paths[index])
+    return image[..., None] if isinstance(image, np.ndarray) and image.ndim == 2 else image
+
+  def _mask(self, index):
+    path = self.masks[index]
+    mask = self._open(path)
+    if isinstance(mask, bytes):
+      try:
+        mask = decoding.read(mask, 'any')
+      except decoding.DecodeError as e:
+        raise CorruptExample(f'{path}: {e}') from e
+    if mask.dtype.kind not in 'iub' or (mask.ndim == 3 and mask.shape[-1] == 3):
+      raise ConfigError(
+        f'{self.name}: {path} holds {mask.dtype} {mask.shape}; a mask has one whole number for each place'
+      )
+    return mask
+
+  def _open(self, name):
+    """A file as an array, or as bytes where a transform is to decode them."""
+    path = self.root / name
     try:
       if path.suffix.lower() == '.npy':
-        image = np.load(path, allow_pickle=False)
-        return image[..., None] if image.ndim == 2 else image
+        return np.load(path, mmap_mode='r', allow_pickle=False)
       data = path.read_bytes()
       if not data:
-        raise CorruptExample(f'{self.paths[index]} is empty')
+        raise CorruptExample(f'{name} is empty')
       return tiff.read(data) if path.suffix.lower() in ARRAYS else data
     except (OSError, ValueError, EOFError) as e:
       raise CorruptExample(f'{type(e).__name__}: {e}') from e

@@ -11,13 +11,29 @@ import math
 import cv2
 import numpy as np
 
-from mim_jax.data import augment
+from mim_jax.data import aside, augment, channels, tables, text, views, volumes
 from mim_jax.data.chain import CHECKS, Chain, describe, parse, register
 from mim_jax.data.decoding import DecodeError, Jpeg, convert, is_jpeg, read
 from mim_jax.errors import ConfigError
-from mim_jax.ops.pixels import STATS
+from mim_jax.ops.pixels import STATS, map_pixels
 
-__all__ = ['Chain', 'DecodeError', 'STATS', 'describe', 'parse', 'read', 'register']
+__all__ = [
+  'Chain',
+  'DecodeError',
+  'STATS',
+  'describe',
+  'parse',
+  'read',
+  'register',
+  'aside',
+  'channels',
+  'tables',
+  'text',
+  'views',
+  'volumes',
+]
+
+PIXELS = ('image', 'views', 'false_image')  # fields that `normalize` turns into numbers
 
 
 @register(lazy=True)
@@ -44,7 +60,7 @@ def _pair(size):
   return (size, size) if isinstance(size, int) else size
 
 
-_METHODS = {'bicubic': cv2.INTER_CUBIC, 'bilinear': cv2.INTER_LINEAR}
+_METHODS = {'bicubic': cv2.INTER_CUBIC, 'bilinear': cv2.INTER_LINEAR, 'lanczos': cv2.INTER_LANCZOS4}
 _SCALABLE = tuple(map(np.dtype, ('uint8', 'uint16', 'int16', 'float32', 'float64')))
 
 
@@ -60,6 +76,10 @@ def scaled(image, size, method='bicubic'):
     return image
   if image.dtype not in _SCALABLE:
     raise ConfigError(f'images of {image.dtype} cannot be scaled; store them as {", ".join(map(str, _SCALABLE))}')
+  channels = image.shape[-1]
+  if channels > 4:  # the most that OpenCV takes means of
+    parts = [np.ascontiguousarray(image[..., first : first + 4]) for first in range(0, channels, 4)]
+    return np.concatenate([scaled(part, size, method) for part in parts], axis=-1)
   interpolation = _METHODS[method]
   # OpenCV's kernels do not widen when shrinking, so they alias. Nearly at the same size that is the least of errors; up to
   # 2 it is cheaper and closer to Pillow to go to twice the size and take means of 2 x 2; beyond, area means are best.
@@ -83,8 +103,8 @@ def _nearest(mask, size):
   return mask.take(rows.astype(np.int64), axis=0).take(columns.astype(np.int64), axis=1)
 
 
-def _crop_resize(example, box, size, method):
-  """Cuts `box` (y, x, h, w) out of an example and scales it to `size` (height, width)."""
+def _crop_resize(example, box, size, method, second=None):
+  """Cuts `box` (y, x, h, w) out of an example and scales it to `size` (height, width); `second`: (size, method) of `token_image`."""
   image = example['image']
   if isinstance(image, Jpeg):
     image, box = image.window(box, size)
@@ -93,6 +113,8 @@ def _crop_resize(example, box, size, method):
     y, x, h, w = box
     image = image[y : y + h, x : x + w]
   example = {**example, 'image': scaled(image, size, method)}
+  if second:
+    example['token_image'] = scaled(image, *second)
   if 'mask' in example:
     example['mask'] = _nearest(example['mask'][y : y + h, x : x + w], size)
   if 'boxes' in example:
@@ -131,6 +153,21 @@ def random_resized_crop(example, rng, size, scale=(0.08, 1.0), ratio=(3 / 4, 4 /
 
 
 @register(lazy=True)
+def two_size_crop(
+  example, rng, size, second, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3), method='bicubic', second_method='lanczos'
+):
+  """random_resized_crop, and the same crop at the size `second` as `token_image`, for a tokenizer of other patches."""
+  box = sample_crop(rng, *_size(example), scale, ratio)
+  return _crop_resize(example, box, _pair(size), method, (_pair(second), second_method))
+
+
+@register
+def second_size(example, rng, second, second_method='lanczos'):
+  """The image also at the size `second` as `token_image`; crops and resizes come before."""
+  return {**example, 'token_image': scaled(example['image'], _pair(second), second_method)}
+
+
+@register(lazy=True)
 def one_shot_crop(example, rng, size, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3), method='bicubic'):
   """random_resized_crop with one draw, each side cut to the image: the crop of MAE's linear probe and of CropMAE."""
   height, width = _size(example)
@@ -147,6 +184,18 @@ def resize(example, rng, size, method='bicubic'):
   if isinstance(size, int):
     short = min(height, width)
     size = (size * height // short, size * width // short)
+  return _crop_resize(example, (0, 0, height, width), size, method)
+
+
+CHECKS['multiple'] = ('a number of pixels, 1 or more', lambda v: type(v) is int and v > 0)
+
+
+@register(lazy=True)
+def resize_long(example, rng, size: int, multiple=1, method='bicubic'):
+  """Brings the long side to `size` pixels and the other, aspect kept, down to a multiple of `multiple`: frames of VIP."""
+  height, width = _size(example)
+  short = max(size * min(height, width) // max(height, width) // multiple, 1) * multiple
+  size = (short, size) if width >= height else (size, short)
   return _crop_resize(example, (0, 0, height, width), size, method)
 
 
@@ -197,12 +246,28 @@ def flip(example, rng, p=0.5):
     return example
   image = example['image']
   example = {**example, 'image': cv2.flip(image, 1).reshape(image.shape)}
-  if 'mask' in example:
-    example['mask'] = example['mask'][:, ::-1]
+  for name in ('mask', 'token_image'):
+    if name in example:
+      example[name] = example[name][:, ::-1]
   if 'boxes' in example:
     height, width = image.shape[:2]
     example['boxes'] = augment.move_boxes(example['boxes'], [[-1, 0], [0, 1]], [width, 0], height, width)
   return example
+
+
+CHECKS['name'] = ('a name in quotes', lambda v: isinstance(v, str) and v.isidentifier())
+
+
+@register
+def keep(example, rng, name):
+  """The image as it is at this point, also under another name: keep('image_u8') before normalize, for a target made of pixels."""
+  return {**example, name: example['image']}
+
+
+@register(others=True)
+def false_image(example, rng, other):
+  """Adds `false_image`, that of an example drawn uniformly from the whole source, by the transforms before this one."""
+  return {**example, 'false_image': other()['image']}
 
 
 CHECKS['stats'] = (
@@ -215,9 +280,16 @@ CHECKS['stats'] = (
 def normalize(batch, stats='imagenet'):
   """(x / 255 - mean) / std as float32; stats: 'imagenet', 'clip', 'half' (to [-1, 1]), 'none' ([0, 1]) or (mean, std).
 
-  `image` [..., W, C]. 16-bit images are divided by 65535; float images are taken to be in [0, 1] already.
+  It works on those of the fields in PIXELS [..., W, C] that there are. 16-bit images are divided by 65535; float images are
+  taken to be in [0, 1] already.
   """
-  image = batch['image']
+  found = [name for name in PIXELS if name in batch]
+  if not found:
+    raise ConfigError(f'normalize works on {" and ".join(PIXELS)}, the batch holds {", ".join(sorted(batch))}')
+  return {**batch, **{name: _normalized(batch[name], stats) for name in found}}
+
+
+def _normalized(image, stats):
   mean, std = (np.atleast_1d(np.asarray(s, np.float64)) for s in (STATS[stats] if isinstance(stats, str) else stats))
   width, channels = image.shape[-2:]
   if not {mean.size, std.size} <= {1, channels}:
@@ -232,7 +304,15 @@ def normalize(batch, stats='imagenet'):
   )
   out = np.multiply(image.reshape(-1, width * channels), scale, dtype=np.float32)
   out += shift
-  return {**batch, 'image': out.reshape(image.shape)}
+  return out.reshape(image.shape)
+
+
+@register(batch=True)
+def map_token_image(batch):
+  """`token_image` uint8, where there is one, as the float32 pixels of DALL-E's tokenizer: 0.8 x + 0.1 of x in [0, 1]."""
+  if 'token_image' not in batch:  # an evaluator that reads the image alone
+    return batch
+  return {**batch, 'token_image': map_pixels(batch['token_image'].astype(np.float32) / 255)}
 
 
 @register(batch=True)

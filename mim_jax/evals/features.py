@@ -6,7 +6,9 @@ devices.
 """
 
 import dataclasses
+import fnmatch
 import functools
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -18,6 +20,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from mim_jax.errors import ConfigError, UserError, nearest
 
 MARKS = ('weight', 'corrupt')  # fields that the pipeline adds and an encoder does not see
+OPTIONS = ('layers', 'drop')  # keywords that a `Method.encode` may take beside params, batch and state
 
 
 DEFAULTS = {  # of every evaluator that judges features by class labels
@@ -27,7 +30,7 @@ DEFAULTS = {  # of every evaluator that judges features by class labels
   'batch_size': 0,  # images per pass of the encoder; 0 = the run's batch_size
   'fields': ('image',),  # what the encoder reads
   'label': 'label',
-  'features': 'auto',  # cls, mean, max, both, layer3/mean, several with commas; auto = cls, or mean without class token
+  'features': 'auto',  # cls, mean, max, both, layer3/mean, layer*/cls, several with commas; auto = cls, else mean
   'every': 'end',  # 'end', a duration ('10 epochs', '5%'; also runs at the end) or 'never'
   'baselines': ('untrained', 'pixels'),
 }
@@ -74,12 +77,18 @@ class Encoder:
   Attributes:
     name: 'trained', 'untrained' or 'pixels'.
     apply: (variables, batch) -> {feature name: [B, D]}, pure. Encoders that share it share its compiled forms.
-    variables: tree of arrays, sharded as they are.
+    variables: tree of arrays, sharded as they are; of a method {'params', 'state'}.
+    encode: (variables, batch, **options) -> what `Method.encode` returns, pure; None for an encoder without tokens.
+    options: which of the keywords `OPTIONS` encode takes.
+    generate: (variables, key, cond) -> what `Method.generate` returns; None for an encoder that makes nothing.
   """
 
   name: str
   apply: Callable[[Any, Mapping[str, jax.Array]], dict[str, jax.Array]]
   variables: Any = dataclasses.field(default_factory=dict)
+  encode: Callable[..., dict[str, jax.Array]] | None = None
+  options: frozenset[str] = frozenset()
+  generate: Callable[..., Any] | None = None
 
 
 @functools.lru_cache(maxsize=16)
@@ -99,11 +108,13 @@ def _program(apply, mesh):
 def pool(encoded: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
   """What `Method.encode` returns -> features [B, D] by name.
 
-  'mean' is the mean over patch tokens, 'max' their largest value per channel, 'cls' the class token and 'both' the two beside each other [B, 2 D]; with
-  'layers' also 'layer1/mean', 'layer1/cls' and so on, where several class tokens are averaged.
+  'mean' is the mean over patch tokens, 'max' their largest value per channel, 'mean_norm' the mean through a LayerNorm
+  without parameters, 'cls' the class token and 'both' that beside the mean [B, 2 D]; with 'layers' also 'layer1/mean',
+  'layer1/cls' and so on, where several class tokens are averaged.
   """
   tokens = encoded['tokens'].astype(jnp.float32)
   features = {'mean': jnp.mean(tokens, axis=1), 'max': jnp.max(tokens, axis=1)}
+  features['mean_norm'] = jax.nn.standardize(features['mean'], epsilon=1e-6)
   if 'cls' in encoded:
     features['cls'] = encoded['cls'].astype(jnp.float32)
     features['both'] = jnp.concatenate([features['cls'], features['mean']], axis=-1)
@@ -115,14 +126,43 @@ def pool(encoded: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
   return features
 
 
+def options_of(encode) -> frozenset[str]:
+  """Which of the keywords `OPTIONS` a `Method.encode` takes."""
+  return frozenset(OPTIONS) & frozenset(inspect.signature(encode).parameters)
+
+
 @functools.lru_cache(maxsize=16)
-def _pooled(encode):
-  return lambda variables, batch: pool(encode(variables['params'], batch, variables['state']))
+def _of_encode(encode):
+  """(apply, encode, options) of an `Encoder` for a `Method.encode`; the same objects every time, so that they compile once."""
+  options = options_of(encode)
+
+  def raw(variables, batch, **given):
+    return encode(variables['params'], batch, variables['state'], **given)
+
+  def pooled(variables, batch):  # layers that nobody asked for are no part of the compiled program
+    return pool(raw(variables, batch, **({'layers': True} if 'layers' in options else {})))
+
+  return pooled, raw, options
 
 
-def from_method(method, params, state, name: str = 'trained') -> Encoder:
-  """The encoder of a method: pooled features of `method.encode(params, batch, state)`, see `pool` for their names."""
-  return Encoder(name, _pooled(method.encode), {'params': params, 'state': state})
+@functools.lru_cache(maxsize=16)
+def _of_generate(generate):
+  """`Encoder.generate` for a `Method.generate`, the same object every time."""
+  if generate is None:
+    return None
+  return lambda variables, key, cond: generate(
+    variables['params'], variables['state'], variables.get('frozen', {}), key, cond
+  )
+
+
+def from_method(method, params, state, name: str = 'trained', frozen=None) -> Encoder:
+  """The encoder of a method: tokens of `method.encode(params, batch, state)`, and features pooled from them, see `pool`.
+
+  `frozen` is for a method whose `generate` needs its frozen networks.
+  """
+  apply, encode, options = _of_encode(method.encode)
+  variables = {'params': params, 'state': state, **({'frozen': frozen} if frozen else {})}
+  return Encoder(name, apply, variables, encode, options, _of_generate(method.generate))
 
 
 @functools.lru_cache(maxsize=16)
@@ -150,11 +190,21 @@ def of_batch(encoder: Encoder, batch: Mapping[str, jax.Array], mesh: Mesh, names
   return _program(encoder.apply, mesh)(encoder.variables, dict(batch), label, tuple(names))
 
 
+@functools.lru_cache(maxsize=16)
+def _gather(mesh):
+  return jax.jit(lambda x: x, out_shardings=NamedSharding(mesh, PartitionSpec()))
+
+
+def gathered(array: jax.Array, mesh: Mesh) -> np.ndarray:
+  """A global array whole on every process. Collective."""
+  return np.asarray(_gather(mesh)(array))
+
+
 def resolve(encoder: Encoder, names: str, batch, label: str) -> tuple[str, ...]:
   """Asked names, with commas -> names of this encoder for batches such as `batch`.
 
-  'auto' is 'cls', or 'mean' without class token. An encoder with a single kind of features (pixels) gives that one,
-  whatever was asked.
+  'auto' is 'cls', or 'mean' without class token; a pattern such as 'layer*/mean' stands for all that match. An encoder
+  with a single kind of features (pixels) gives that one, whatever was asked.
 
   Raises:
     ConfigError: a name it does not have.
@@ -171,11 +221,13 @@ def resolve(encoder: Encoder, names: str, batch, label: str) -> tuple[str, ...]:
   if len(have) == 1:
     return tuple(have)
   auto = 'cls' if 'cls' in have else 'mean'
-  asked = [auto if name.strip() == 'auto' else name.strip() for name in names.split(',')]
-  for name in asked:
-    if name not in have:
+  chosen = []
+  for name in map(str.strip, names.split(',')):
+    found = [auto] if name == 'auto' else fnmatch.filter(have, name)
+    if not found:
       raise ConfigError(f'features {name!r} are not among those of the {encoder.name} encoder; {nearest(name, have)}')
-  return tuple(dict.fromkeys(asked))
+    chosen += found
+  return tuple(dict.fromkeys(chosen))
 
 
 def extract(
@@ -258,14 +310,15 @@ def train_and_test(encoder: Encoder, ctx: Context, cfg):
   return train, train_labels, test, test_labels, int(max(train_labels.max(), test_labels.max())) + 1
 
 
-def best_of(figures: Mapping[str, Mapping[str, float]], by: str = 'top1') -> dict[str, float]:
+def best_of(figures: Mapping[str, Mapping[str, float]], by: str = 'top1', say=lambda line: None) -> dict[str, float]:
   """{kind of features: {figure: value}} -> flat figures of the kind that is best in `by`.
 
-  With several kinds, those of each are also there, as 'kind/figure'. The best is chosen on the figures themselves, that
-  is on the test set: say so where it is quoted.
+  With several kinds, those of each are also there, as 'kind/figure', and `say` gets a line that names the best. It is
+  chosen on the figures themselves, that is on the test set: say so where it is quoted.
   """
   best = max(figures, key=lambda name: figures[name][by])
   flat = dict(figures[best])
   if len(figures) > 1:
     flat.update({f'{name}/{key}': value for name, values in figures.items() for key, value in values.items()})
+    say(f'best of {len(figures)} kinds of features by {by} on the test set: {best}')
   return flat

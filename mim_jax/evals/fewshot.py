@@ -85,4 +85,4 @@ def run(encoder: features.Encoder, cfg, ctx: features.Context) -> dict[str, floa
         result[f'{shots}shot/spread'] = float(np.std(values, ddof=1))
     return result
 
-  return features.best_of({name: figures(name) for name in train}, by=f'{cfg.shots[0]}shot/top1')
+  return features.best_of({name: figures(name) for name in train}, by=f'{cfg.shots[0]}shot/top1', say=ctx.say)

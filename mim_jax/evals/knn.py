@@ -19,6 +19,7 @@ DEFAULTS = {
   **features.DEFAULTS,
   'k': 20,
   'temperature': 0.07,
+  'bootstrap': 0,  # resamples of the test set for 95 % intervals of its figures; 0 for none
 }
 
 QUERIES = 128  # test rows per product and device
@@ -103,6 +104,8 @@ def run(encoder: features.Encoder, cfg, ctx: features.Context) -> dict[str, floa
 
   def figures(name):
     scores = votes(train[name], train_labels, test[name], classes, ctx.mesh, cfg.k, cfg.temperature, ctx.check_stop)
-    return metrics.classification(scores, test_labels)
+    return metrics.with_intervals(
+      lambda rows: metrics.classification(scores[rows], test_labels[rows]), len(scores), cfg.bootstrap
+    )
 
-  return features.best_of({name: figures(name) for name in train})
+  return features.best_of({name: figures(name) for name in train}, say=ctx.say)

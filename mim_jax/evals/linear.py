@@ -35,6 +35,7 @@ DEFAULTS = {
   'momentum': 0.9,
   'trust': 0.01,  # 0.001 in the paper, which leaves sets much smaller than ImageNet untrained after 90 epochs
   'seed': 0,
+  'bootstrap': 0,  # resamples of the test set for 95 % intervals of its figures; 0 for none
 }
 
 NORM_EPS = 1e-6
@@ -71,6 +72,12 @@ def logits(state, x):
   return _apply(state['head'], x, **state['norm'])
 
 
+def running(norm, x):
+  """Running statistics {'mean', 'var'} [D] after one more batch x [B, D]; its variance enters without bias."""
+  seen = {'mean': jnp.mean(x, axis=0), 'var': jnp.var(x, axis=0, ddof=1)}
+  return jax.tree.map(lambda old, new: (1 - NORM_MOMENTUM) * old + NORM_MOMENTUM * new, norm, seen)
+
+
 def probe_step(state, x, labels, lr, wd=0.0, momentum=0.9, trust=0.001):
   """One training step on features x [B, D], labels [B] int -> (state, {'loss', 'logits' [B, C] before the update}).
 
@@ -83,8 +90,7 @@ def probe_step(state, x, labels, lr, wd=0.0, momentum=0.9, trust=0.001):
     return losses.cross_entropy(out, labels), out
 
   (loss, out), grads = jax.value_and_grad(loss_of, has_aux=True)(state['head'])
-  seen = {'mean': mean, 'var': var * (len(x) / (len(x) - 1))}
-  norm = jax.tree.map(lambda old, new: (1 - NORM_MOMENTUM) * old + NORM_MOMENTUM * new, state['norm'], seen)
+  norm = running(state['norm'], x)
   head, opt, _ = _optimizer(state['head'], lr, wd, momentum, trust).update(grads, state['opt'], state['head'], 0)
   return {'head': head, 'norm': norm, 'opt': opt}, {'loss': loss, 'logits': out}
 
@@ -190,6 +196,7 @@ def run(encoder: features.Encoder, cfg, ctx: features.Context) -> dict[str, floa
 
   def figures(name):
     scores = np.asarray(_logits(states[name], jax.device_put(test[name], device)))
-    return {**metrics.classification(scores, test_labels), 'train_loss': loss[name]}
+    of_rows = lambda rows: metrics.classification(scores[rows], test_labels[rows])
+    return {**metrics.with_intervals(of_rows, len(scores), cfg.bootstrap), 'train_loss': loss[name]}
 
-  return features.best_of({name: figures(name) for name in states})
+  return features.best_of({name: figures(name) for name in states}, say=ctx.say)

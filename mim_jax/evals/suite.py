@@ -1,7 +1,11 @@
 """The evaluators of a run: which exist, which are due, how they run next to their baselines, the table they end in.
 
 An evaluator is a module with `DEFAULTS` and `run(encoder, cfg, ctx) -> {figure: float}`. It takes an encoder, never a
-method.
+method. It may also have
+- `BASELINES`: those of `suite.BASELINES` that make sense for it;
+- `reads(cfg) -> [(source, transforms, fields, batch size)]`: what it will read, where that is not what `_reads` says;
+- `check(cfg, options)`: raises ConfigError for settings that cannot work with an encoder whose `encode` takes the
+  keywords `options` (`features.OPTIONS`).
 """
 
 import dataclasses
@@ -14,7 +18,7 @@ import ml_collections
 
 from mim_jax import durations
 from mim_jax.data import mixtures
-from mim_jax.errors import ConfigError, nearest
+from mim_jax.errors import ConfigError, UserError, nearest
 from mim_jax.evals import features
 from mim_jax.evals.features import Context, Encoder, Interrupted
 
@@ -32,7 +36,23 @@ __all__ = [
   'table',
 ]
 
-KINDS = ('fewshot', 'knn', 'linear')  # modules of mim_jax.evals
+# Modules of mim_jax.evals.
+KINDS = (
+  'answers',
+  'attentive',
+  'classifier',
+  'fewshot',
+  'fid',
+  'finetune',
+  'knn',
+  'linear',
+  'propagation',
+  'retrieval',
+  'robustness',
+  'segment',
+  'tables',
+  'volume_segment',
+)
 BASELINES = ('untrained', 'pixels')
 SPLIT_SOURCES = ('tfds', 'synthetic')  # specs of the form KIND:NAME[:SPLIT]
 
@@ -58,10 +78,26 @@ class Evaluator:
 
   def sources(self) -> list[str]:
     """Data sources it reads, to be opened before anything is compiled."""
-    return [] if self.cfg.every == 'never' else list(dict.fromkeys((self.cfg.train, self.cfg.test)))
+    named = [self.cfg[key] for key in ('train', 'test') if key in self.cfg]
+    return [] if self.cfg.every == 'never' else list(dict.fromkeys(named))
+
+  def reads(self) -> list[tuple[str, str, tuple[str, ...], int]]:
+    """(source, transforms, fields, batch size) of what it will read."""
+    return getattr(_module(self.cfg.kind), 'reads', _reads)(self.cfg)
+
+  def check(self, options: frozenset[str]):
+    """Raises ConfigError for settings that cannot work with an encoder of these options."""
+    getattr(_module(self.cfg.kind), 'check', lambda cfg, options: None)(self.cfg, options)
 
   def run(self, encoder: Encoder, ctx: Context) -> dict[str, float]:
     return _module(self.cfg.kind).run(encoder, self.cfg, ctx)
+
+
+def _reads(cfg):
+  """What an evaluator reads that has the settings of `features.DEFAULTS`, or some of them; no fields: it knows them itself."""
+  fields = (*cfg.get('fields', ()), *filter(None, [cfg.get('label', '')]))
+  named = [cfg[key] for key in ('train', 'test') if key in cfg]
+  return [(source, cfg.transforms, fields, cfg.batch_size) for source in dict.fromkeys(named)]
 
 
 def _module(kind: str):
@@ -87,9 +123,10 @@ def settings(name: str, given: Mapping[str, Any] | None = None) -> ml_collection
     if key not in cfg:
       raise ConfigError(f'{where} has no option {key!r}; {nearest(key, cfg.keys())}')
     cfg[key] = _like(cfg[key], value, f'{where}.{key}')
-  unknown = set(cfg.baselines) - set(BASELINES)
+  allowed = getattr(_module(kind), 'BASELINES', BASELINES)
+  unknown = set(cfg.baselines) - set(allowed)
   if unknown:
-    raise ConfigError(f'{where}.baselines names {sorted(unknown)}; known: {", ".join(BASELINES)}')
+    raise ConfigError(f'{where}.baselines names {sorted(unknown)}; known: {", ".join(allowed)}')
   return cfg
 
 
@@ -97,7 +134,7 @@ def _like(default, value, where):
   """`value` as the type of `default`: whole numbers may stand for fractions, one value for a tuple of one."""
   if isinstance(default, tuple):
     value = tuple(value) if isinstance(value, (tuple, list)) else (value,)
-    return tuple(_like(default[0], item, where) for item in value)
+    return tuple(_like(default[0], item, where) if default else item for item in value)
   if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
     return float(value)
   if type(value) is not type(default):
@@ -137,6 +174,8 @@ def build(evals: Mapping[str, Mapping[str, Any]], source: str, transforms: str, 
   for name, given in evals.items():
     cfg = settings(name, given)
     for key in ('train', 'test'):
+      if key not in cfg:  # an evaluator that trains nothing
+        continue
       cfg[key] = _source(cfg[key], source, f'evals.{name}.{key}')
     cfg.transforms = cfg.transforms or transforms
     cfg.batch_size = cfg.batch_size or batch_size
@@ -159,6 +198,31 @@ class Suite:
   def sources(self) -> dict[str, list[str]]:
     """{evaluator: data sources}."""
     return {e.name: e.sources() for e in self.evaluators}
+
+  def check(self, feeds, options: frozenset[str], evaluators: Sequence[Evaluator] | None = None):
+    """Opens everything that the evaluators will read and looks at one example of each, before anything is compiled.
+
+    Args:
+      feeds: `data.feeds.Feeds` of the run.
+      options: of the encoder, `features.options_of(method.encode)`.
+      evaluators: those that will run; all that are not 'never' by default.
+
+    Raises:
+      UserError: data is missing (the message holds the command that prepares it), a field, a size or a setting does not
+        fit. It names the evaluator and the argument that switches it off.
+    """
+    chosen = [e for e in self.evaluators if e.cfg.every != 'never'] if evaluators is None else evaluators
+    for e in chosen:
+      try:
+        e.check(options)
+        for source, transforms, fields, batch_size in e.reads():
+          feeds.source(source)
+          if fields:
+            feeds.pipeline(source, transforms, batch_size, fields, seed=0).spec()
+      except UserError as error:
+        raise type(error)(
+          f'{error}\n(for the evaluator {e.name!r}; --config.evals.{e.name}.every=never switches it off)'
+        ) from error
 
   def select(self, names: Sequence[str]) -> list[Evaluator]:
     """Evaluators by name, in the order asked; raises ConfigError for an unknown one."""

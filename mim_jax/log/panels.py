@@ -21,7 +21,8 @@ class Panel:
 
   def __init__(self, method, feeds, source: str, transforms: str, count: int):
     self._batch = feeds.first(source, transforms, count, tuple(method.fields))
-    self._scale = pixel_scale(transforms, method.fields['image'].shape[-1])
+    pictures_of = next(field for name, field in method.fields.items() if name in images.PIXELS)
+    self._scale = pixel_scale(transforms, pictures_of.shape[-1])
 
     def draw(params, state, frozen, batch):
       columns = method.panels(params, state, frozen, batch, method.draw(jax.random.key(0), batch))
@@ -37,22 +38,17 @@ class Panel:
     zero, span = self._scale
     return pictures.panel(
       {name: (np.asarray(columns[name], np.float32) - zero) / span for name in self._titles},
-      count=len(self._batch['image']),
+      count=len(jax.tree.leaves(self._batch)[0]),
     )
 
 
 def pixel_scale(transforms: str, channels: int) -> tuple[np.ndarray, np.ndarray]:
   """What black becomes under `transforms`, and how far white is from it, per channel: (x - black) / span is in [0, 1].
 
-  Found by sending both through the batch part of the chain, so it holds for any normalisation.
+  Found by sending both through the chain, so it holds for any normalisation.
   """
-  ends = np.array([0, 255], np.uint8)
-  black, white = (
-    images.parse(transforms)
-    .batch({'image': np.tile(ends[:, None, None, None], (1, 1, 1, channels))})['image']
-    .astype(np.float32)
-  )
-  return black[0, 0], white[0, 0] - black[0, 0]
+  black, white = images.parse(transforms).levels(channels)
+  return black, white - black
 
 
 def loss_curve(records: list[dict], path: Path):

@@ -14,9 +14,8 @@ from mim_jax.log.progress import short
 from mim_jax.log.writer import read_metrics
 
 BASELINES = ('untrained', 'pixels')  # as in mim_jax.evals.suite, which takes seconds to import
-FEATURES = re.compile(
-  r'(cls|mean|both|layer\d+)/'
-)  # begins a figure of one kind of features, such as 'layer3/mean/top1'
+# Begins a figure of one kind of features or of one class, such as 'layer3/mean/top1' or 'class2/dice'.
+FEATURES = re.compile(r'(cls|mean|max|both|layer\d+|class\d+)/')
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,6 +19,7 @@ from mim_jax.log.record import BASELINES, Record, evaluation, headlines, losses,
 PANELS = 4  # pictures of a kind that are shown: the first, the last, and some in between
 FAULTS = 20  # faults that are listed
 PICTURE = re.compile(r'(.+)_(\d{8,})\.png')  # as the writer names them
+FIRST = ('top1', 'miou', 'dice', 'auroc', 'r2')  # what an evaluator is told by at a glance, the first of these that it gives
 SHARES = ('top1', 'top5', 'class_mean')  # figures between 0 and 1 that are told in percent
 
 
@@ -59,9 +60,11 @@ def _glance(record: Record) -> list[tuple]:
     step, value = record.at(metric)
     first = next(iter(record.lines[metric].values()))
     facts.append((metric, short(value), f'{short(first)} at first'))
+  shown = set()
   for metric in headlines(record.lines):
     evaluator, figure, _ = evaluation(metric)
-    if figure in ('top1', 'miou', 'auroc', 'r2'):
+    if figure in FIRST and evaluator not in shown:
+      shown.add(evaluator)
       baselines = {which: record.at(f'eval/{evaluator}/{which}/{figure}') for which in BASELINES}
       beside = ', '.join(f'{which} {_figure(figure, at[1])}' for which, at in baselines.items() if at)
       facts.append((f'{evaluator} {figure}', _figure(figure, record.at(metric)[1]), beside))

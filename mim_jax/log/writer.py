@@ -36,6 +36,7 @@ class Writer:
     tensorboard: bool = False,
     wandb: str = '',
     config: Mapping | None = None,
+    shared: bool = False,
   ):
     """Opens the record in `workdir`.
 
@@ -46,6 +47,7 @@ class Writer:
       tensorboard: also write `events*` there.
       wandb: also send to this wandb project ('project' or 'entity/project'); '' for none.
       config: shown by wandb.
+      shared: the run itself may be writing the same file, so what is in it stays untouched; lines are only added.
 
     Raises UserError when the folder cannot be written, a line before the last is no record, or wandb is not installed.
     """
@@ -64,7 +66,10 @@ class Writer:
       lines = _lines(self._path) if self._path.exists() else []
       kept = [(line, record) for line, record in lines if resume_step is None or record['step'] <= resume_step]
       self.recorded = frozenset().union(*(record for _, record in kept if record['step'] == resume_step)) - {'step'}
-      self._rewrite(line for line, _ in kept)
+      if not shared:
+        self._rewrite(line for line, _ in kept)
+      elif self._path.exists() and not self._path.read_bytes().endswith(b'\n'):
+        raise UserError(f'{self._path} ends within a line; the run mends it when it is started again')
       self._file = self._path.open('ab', buffering=0)
     if tensorboard:
       from tensorboardX import SummaryWriter

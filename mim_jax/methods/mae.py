@@ -104,10 +104,11 @@ def make(cfg) -> Method:
     value = losses.masked_mse(pred, targets.norm_pix(target) if norm_pix else target, mask)
     return value, {'metrics': {'loss/pixel': value}, 'out': {'latent': latent, 'pred': pred, 'mask': mask}}
 
-  def encode(params, batch, state=None):
+  def encode(params, batch, state=None, layers=False, drop=None):
     del state
-    tokens = encoder.apply({'params': params['encoder']}, batch['image'])
-    return {'tokens': tokens[:, 1:], 'cls': tokens[:, 0]}
+    module, uniforms = vit.with_drop_path(encoder, drop)
+    tokens, seen = module.apply({'params': params['encoder']}, batch['image'], drop=uniforms, taps=True)
+    return {'tokens': tokens[:, 1:], 'cls': tokens[:, 0], **({'layers': seen['layers']} if layers else {})}
 
   def panels(params, state, frozen, batch, draws):
     _, aux = loss(params, state, frozen, batch, draws, 0)

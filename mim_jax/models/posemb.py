@@ -47,14 +47,16 @@ def sincos(grid: Sequence[int], width: int, order: Sequence[int] | None = None, 
   return table.astype(np.float32)
 
 
-def cubic_matrix(old: int, new: int) -> np.ndarray:
+def cubic_matrix(old: int, new: int, nudge: float = 0.0) -> np.ndarray:
   """Weights [new, old] float32 of a cubic resize of one axis, as PyTorch's `interpolate(mode='bicubic')` has them.
 
   Kernel with a = -0.75, half-pixel centres, no antialiasing when shrinking, taps outside clamped to the border, weights
   not renormalised. `jax.image.resize` differs in all of these but the second. Coordinates are float32 as PyTorch's are.
+  `nudge` is what is added to the new side where coordinates are computed: 0.1 in facebookresearch/dino and what came of it,
+  which guards `scale_factor` against rounding and so moves every row a little, even on the same grid.
   """
   a = np.float32(-0.75)
-  source = np.float32(old / new) * (np.arange(new, dtype=np.float32) + np.float32(0.5)) - np.float32(0.5)
+  source = np.float32(old / (new + nudge)) * (np.arange(new, dtype=np.float32) + np.float32(0.5)) - np.float32(0.5)
   first = np.floor(source)
   weights = np.zeros((new, old), np.float32)
   for tap in range(-1, 3):
@@ -66,7 +68,7 @@ def cubic_matrix(old: int, new: int) -> np.ndarray:
   return weights
 
 
-def resample(table, old_grid: Sequence[int], new_grid: Sequence[int], cls_rows: int = 0):
+def resample(table, old_grid: Sequence[int], new_grid: Sequence[int], cls_rows: int = 0, nudge: float = 0.0):
   """Moves a position table to another grid: [..., cls_rows + N, D] -> [..., cls_rows + N', D], of the same dtype.
 
   Patch rows are resized by `cubic_matrix` along each axis; the first `cls_rows` rows are kept as they are. For two axes
@@ -74,6 +76,7 @@ def resample(table, old_grid: Sequence[int], new_grid: Sequence[int], cls_rows: 
 
   Args:
     table: numpy or JAX array (also traced), float.
+    nudge: see `cubic_matrix`; a table that stays on its grid is left alone.
 
   Raises:
     ValueError: the table does not have cls_rows + prod(old_grid) rows, or the grids differ in rank.
@@ -90,6 +93,6 @@ def resample(table, old_grid: Sequence[int], new_grid: Sequence[int], cls_rows: 
   patches = table[..., cls_rows:, :].reshape(*lead, *old_grid, table.shape[-1]).astype(xp.float32)
   for i, (old, new) in enumerate(zip(old_grid, new_grid, strict=True)):
     axis = len(lead) + i
-    patches = xp.moveaxis(xp.tensordot(cubic_matrix(old, new), patches, axes=(1, axis)), 0, axis)
+    patches = xp.moveaxis(xp.tensordot(cubic_matrix(old, new, nudge), patches, axes=(1, axis)), 0, axis)
   patches = patches.reshape(*lead, -1, table.shape[-1]).astype(table.dtype)
   return xp.concatenate([table[..., :cls_rows, :], patches], axis=-2)

@@ -46,17 +46,34 @@ def sides(value, rank: int) -> tuple[int, ...]:
   return given
 
 
+def with_drop_path(encoder, drop):
+  """`drop` of `Method.encode`, (keys [B], rate) or None -> (encoder of that rate, uniforms [B, depth, 2] or None) for its `drop`."""
+  if drop is None:
+    return encoder, None
+  keys, rate = drop
+  uniforms = jax.vmap(lambda key: jax.random.uniform(key, (encoder.depth, 2)))(keys)
+  return encoder.clone(drop_path=rate), uniforms
+
+
+def drop_rates(drop, depth: int, last: float):
+  """Uniforms [B, depth, 2] or None -> what a stack of blocks takes as `drop`: (uniforms [depth, B, 2], rates from 0 to `last` [depth])."""
+  if drop is None:
+    return None
+  return drop.swapaxes(0, 1), jnp.linspace(0, last, depth, dtype=jnp.float32)
+
+
 class ViT(nn.Module):
   """Image or volume -> tokens.
 
   Attributes:
     width, depth, heads, mlp_ratio, eps: of the blocks (eps of every LayerNorm).
     patch, grid: patch side and number of patches per spatial axis.
-    pos: 'sincos' (a fixed table, no parameter) or 'learned' (a parameter that starts as that table).
+    pos: 'sincos' (a fixed table, no parameter), 'sincos_rows' (the same with rows before columns: CAE's) or 'learned' (a
+      parameter that starts as the first).
     final_norm: LayerNorm after the last block.
     cls: a class token comes first; without one the table has no row for it.
     registers: learned tokens without position after the class token (Darcet et al. 2024).
-    patch_bias, qkv_bias: whether these layers have a bias (CLIP's patches have none).
+    patch_bias, qkv_bias: whether these layers have a bias (CLIP's patches have none); qkv_bias may be letters, see `blocks.Qkv`.
     embed_norm: LayerNorm before the first block (CLIP).
     activation: of the MLP, see `blocks.ACTIVATIONS`.
     layer_scale: see `blocks.Block`.
@@ -80,7 +97,7 @@ class ViT(nn.Module):
   cls: bool = True
   registers: int = 0
   patch_bias: bool = True
-  qkv_bias: bool = True
+  qkv_bias: bool | str = True
   embed_norm: bool = False
   activation: str = 'gelu'
   layer_scale: float = 0.0
@@ -88,7 +105,8 @@ class ViT(nn.Module):
   @property
   def table(self):
     """Sin-cos table [1, cls + N, D] float32 with a zero row for the class token."""
-    return posemb.sincos(self.grid, self.width, cls=self.cls)[None]
+    order = tuple(range(len(self.grid))) if self.pos == 'sincos_rows' else None
+    return posemb.sincos(self.grid, self.width, order, cls=self.cls)[None]
 
   @property
   def prefix(self) -> int:
@@ -134,8 +152,7 @@ class ViT(nn.Module):
     if self.embed_norm:
       tokens = blocks.LayerNorm(self.eps, self.dtype, name='embed_norm')(tokens)
 
-    if drop is not None:
-      drop = (drop.swapaxes(0, 1), jnp.linspace(0, self.drop_path, self.depth, dtype=jnp.float32))
+    drop = drop_rates(drop, self.depth, self.drop_path)
     layer = blocks.stack(blocks.Block, self.depth, self.scan, self.remat)
     layer = layer(
       self.heads,

@@ -38,14 +38,14 @@ def patch_conv(patch: Sequence[int]) -> Form:
   )
 
 
-def qkv_kernel(heads: int) -> Form:
-  """[3 D, D] with rows q, k, v <-> [D, 3, H, d]."""
-  return Form(lambda w: w.T.reshape(w.shape[1], 3, heads, -1), lambda w: w.reshape(w.shape[0], -1).T)
+def qkv_kernel(heads: int, parts: int = 3) -> Form:
+  """[3 D, D] with rows q, k, v <-> [D, 3, H, d]; keys and values alone have two `parts`."""
+  return Form(lambda w: w.T.reshape(w.shape[1], parts, heads, -1), lambda w: w.reshape(w.shape[0], -1).T)
 
 
-def qkv_bias(heads: int) -> Form:
+def qkv_bias(heads: int, parts: int = 3) -> Form:
   """[3 D] <-> [3, H, d]."""
-  return Form(lambda w: w.reshape(3, heads, -1), lambda w: w.reshape(-1))
+  return Form(lambda w: w.reshape(parts, heads, -1), lambda w: w.reshape(-1))
 
 
 def merge_heads(heads: int) -> Form:
@@ -118,6 +118,29 @@ def block(theirs: str, ours: str, heads: int, names: BlockNames = TIMM_BLOCK) ->
     *linear(f'{theirs}.{names.fc1}', f'{ours}/mlp/fc1'),
     *linear(f'{theirs}.{names.fc2}', f'{ours}/mlp/fc2'),
     *[Entry(f'{theirs}.{name}', f'{ours}/{scale}/scale') for name, scale in scales if name],
+  ]
+
+
+def cross_block(theirs: str, ours: str, heads: int) -> list[Entry]:
+  """Entries of a stack of `models.blocks.CrossBlock` as CrossMAE and its descendants name it; `theirs` holds `{i}`."""
+  attn, cross = f'{theirs}.self_attn', f'{theirs}.cross_attn'
+  query = Form(lambda w: w.T.reshape(w.shape[1], heads, -1), lambda w: w.reshape(w.shape[0], -1).T)
+  return [
+    *norm(f'{theirs}.norm0', f'{ours}/norm0'),
+    Entry(f'{attn}.qkv.weight', f'{ours}/self_attn/qkv/kernel', qkv_kernel(heads)),
+    Entry(f'{attn}.qkv.bias', f'{ours}/self_attn/qkv/bias', qkv_bias(heads)),
+    Entry(f'{attn}.proj.weight', f'{ours}/self_attn/proj/kernel', merge_heads(heads)),
+    Entry(f'{attn}.proj.bias', f'{ours}/self_attn/proj/bias'),
+    *norm(f'{theirs}.norm1', f'{ours}/norm1'),
+    Entry(f'{cross}.q.weight', f'{ours}/cross_attn/q/kernel', query),
+    Entry(f'{cross}.q.bias', f'{ours}/cross_attn/q/bias', Form(lambda w: w.reshape(heads, -1), np.ravel)),
+    Entry(f'{cross}.kv.weight', f'{ours}/cross_attn/kv/kernel', qkv_kernel(heads, 2)),
+    Entry(f'{cross}.kv.bias', f'{ours}/cross_attn/kv/bias', qkv_bias(heads, 2)),
+    Entry(f'{cross}.proj.weight', f'{ours}/cross_attn/proj/kernel', merge_heads(heads)),
+    Entry(f'{cross}.proj.bias', f'{ours}/cross_attn/proj/bias'),
+    *norm(f'{theirs}.norm2', f'{ours}/norm2'),
+    *linear(f'{theirs}.mlp.fc1', f'{ours}/mlp/fc1'),
+    *linear(f'{theirs}.mlp.fc2', f'{ours}/mlp/fc2'),
   ]
 
 

@@ -48,10 +48,10 @@ def smooth_labels(labels, classes, smoothing=0.0):
 
 
 def apply(images, labels, draws, classes, smoothing=0.0):
-  """Mixes images [B, H, W, C] and labels int [B] as `draws` says -> images, float32 [B, classes].
+  """Mixes images [B, H, W, C] and labels, int [B] or soft [B, classes], as `draws` says -> images, float32 [B, classes].
 
   A blend of share s is s * image + (1 - s) * partner. For a cut the share of the label is the exact area left, not the
-  one that was drawn. The labels are smoothed here, so the loss is a plain cross-entropy with soft labels.
+  one that was drawn. Labels that are class numbers are smoothed here, so the loss is a plain cross-entropy with soft labels.
   """
   height, width = images.shape[1:3]
   y0, x0, y1, x1 = jnp.moveaxis(draws['box'], -1, 0)[..., None]
@@ -62,5 +62,5 @@ def apply(images, labels, draws, classes, smoothing=0.0):
   mixed = images * own + images[::-1] * (1 - own)
   left = 1 - ((y1 - y0) * (x1 - x0))[:, 0] / (height * width)
   share = jnp.where(draws['cut'], left, draws['share'])[:, None]
-  targets = smooth_labels(labels, classes, smoothing)
+  targets = smooth_labels(labels, classes, smoothing) if labels.ndim == 1 else labels.astype(jnp.float32)
   return mixed, targets * share + targets[::-1] * (1 - share)

@@ -102,3 +102,30 @@ def test_a_link_in_a_circle_ends(tmp_path):
   write(tmp_path / 'a' / '1.png', picture())
   (tmp_path / 'a' / 'again').symlink_to(tmp_path)
   assert folder.FolderSource(tmp_path).paths == ['a/1.png']
+
+
+def test_images_and_masks_in_folders_of_these_names_belong_together(tmp_path):
+  for k, name in enumerate(('b', 'deep/a')):
+    write(tmp_path / 'images' / f'{name}.jpg', picture(seed=k))
+    write(tmp_path / 'masks' / f'{name}.png', picture(1, seed=k))
+  source = folder.FolderSource(tmp_path)
+  assert source.paths == ['images/b.jpg', 'images/deep/a.jpg'] and set(source.features) == {'image', 'mask'}
+  for k, example in enumerate(source.getmany(range(2))):
+    assert isinstance(example['image'], bytes)
+    np.testing.assert_array_equal(example['mask'], picture(1, seed=k))
+  write(tmp_path / 'images' / 'c.jpg', picture())
+  with pytest.raises(ConfigError, match='3 images and 2 masks; images/c.jpg has none'):
+    folder.FolderSource(tmp_path)
+  write(tmp_path / 'masks' / 'c.png', picture(3))
+  with pytest.raises(ConfigError, match='one whole number for each place'):
+    folder.FolderSource(tmp_path)[1]
+
+
+def test_volumes_with_masks(tmp_path):
+  volume, mask = np.zeros((4, 5, 6), np.int16), np.ones((4, 5, 6), np.uint8)
+  write(tmp_path / 'images' / '1.npy', volume)
+  write(tmp_path / 'masks' / '1.npy', mask)
+  source = folder.FolderSource(tmp_path)
+  assert source.features['mask'] == sources.Feature((None,) * 3, np.dtype(np.uint8))
+  np.testing.assert_array_equal(source[0]['mask'], mask)
+  assert source[0]['image'].shape == (4, 5, 6)

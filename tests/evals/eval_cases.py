@@ -22,6 +22,30 @@ def images(count, seed, noise=1.0):
   }
 
 
+def scenes(count, seed, noise=0.2):
+  """Pictures in nine fields of 2 x 2 pixels, each of one of three colours: image, mask [n, SIDE, SIDE, 1] uint8.
+
+  One pixel in twelve or so of the mask is void (255).
+  """
+  colours = np.random.default_rng(98).normal(size=(3, 3))
+  rng = np.random.default_rng(seed)
+  mask = np.kron(rng.integers(3, size=(count, 3, 3)), np.ones((1, 2, 2), int))
+  image = colours[mask] + noise * rng.normal(size=(count, SIDE, SIDE, 3))
+  mask[rng.random(mask.shape) < 0.08] = 255
+  return {'image': image.astype(np.float32), 'mask': mask[..., None].astype(np.uint8)}
+
+
+def described(count, seed, noise=0.2):
+  """`images` with the bits of the class as three labels at once, and a value that is linear in the prototype."""
+  data = images(count, seed, noise)
+  value = np.stack([10 * data['label'] + 3, 5 - data['label']], axis=1)
+  return {
+    **data,
+    'bits': (data['label'][:, None] >> np.arange(3) & 1).astype(np.int32),
+    'value': value.astype(np.float32),
+  }
+
+
 def mesh_of(count):
   """Mesh over `count` devices, split over the data and the fsdp axis."""
   shape = (count // 2, 2, 1) if count > 1 else (1, 1, 1)
@@ -56,10 +80,10 @@ class Data:
     return self._once(data, batch_size) if shuffle is None else self._forever(data, batch_size, shuffle)
 
   def _once(self, data, batch_size):
-    count = len(data['label'])
+    count = len(data['image'])
     for start in range(0, count, batch_size):
       rows = {name: value[start : start + batch_size] for name, value in data.items()}
-      real = len(rows['label'])
+      real = len(rows['image'])
       padded = {
         name: np.full((batch_size, *value.shape[1:]), np.nan if value.dtype.kind == 'f' else 0, value.dtype)
         for name, value in rows.items()
@@ -71,7 +95,7 @@ class Data:
   def _forever(self, data, batch_size, seed):
     rng = np.random.default_rng(seed)
     while True:
-      order = rng.permutation(len(data['label']))
+      order = rng.permutation(len(data['image']))
       for start in range(0, len(order) - batch_size + 1, batch_size):
         rows = {name: value[order[start : start + batch_size]] for name, value in data.items()}
         rows['image'] = rows['image'] + 0.1 * rng.normal(size=rows['image'].shape).astype(np.float32)
@@ -87,7 +111,7 @@ class _Source:
     self.data = data
 
   def __len__(self):
-    return len(self.data['label'])
+    return len(self.data['image'])
 
   def classes(self, field):
     return int(self.data[field].max()) + 1
@@ -101,6 +125,85 @@ def _two_pools(variables, batch):
 def encoder(name='trained', seed=0):
   w = np.random.default_rng(seed).normal(size=(SIDE * SIDE * 3, 24)).astype(np.float32) / 10
   return features.Encoder(name, _two_pools, {'w': jnp.asarray(w)})
+
+
+def _nine_tokens(variables, batch, layers=False, drop=None):
+  """A residual block on patches of 2 x 2 pixels, which `drop` leaves out for some examples."""
+  params = variables['params']['encoder']
+  image = batch['image'].reshape(-1, 3, 2, 3, 2, 3).swapaxes(2, 3).reshape(-1, 9, 12)
+  first = image @ params['embed']
+  branch = jnp.tanh(first @ params['blocks'])
+  if drop is not None:
+    keys, rate = drop
+    kept = jax.vmap(jax.random.uniform)(keys) >= rate
+    branch = branch * (kept / (1 - rate))[:, None, None]
+  last = first + branch
+  out = {'tokens': last / (1 + jnp.abs(last)), 'cls': jnp.mean(last, axis=1)}
+  return {**out, 'layers': jnp.stack([first, last])} if layers else out
+
+
+def token_encoder(name='trained', seed=0):
+  """An encoder with tokens on a grid of 3 x 3, two layers, and a parameter that they do not depend on."""
+  rng = np.random.default_rng(seed)
+  draw = lambda *shape: jnp.asarray(rng.normal(size=shape).astype(np.float32) / 3)
+  params = {'encoder': {'embed': draw(12, 16), 'blocks': draw(16, 16)}, 'decoder': {'kernel': draw(4, 4)}}
+  variables = {'params': params, 'state': {}}
+  pooled = lambda variables, batch: features.pool(_nine_tokens(variables, batch, layers=True))
+  return features.Encoder(name, pooled, variables, _nine_tokens, frozenset({'layers', 'drop'}))
+
+
+SHORT = {'batch_size': 16, 'train_batch': 32, 'epochs': 3, 'warmup_epochs': 1, 'base_lr': 0.1, 'layer_decay': 1.0}
+TRAINED = {  # evaluators that train with gradients over the mesh
+  'finetune': {**SHORT, 'ema': 0.5, 'drop_path': 0.3},
+  'multi': {'kind': 'finetune', **SHORT, 'task': 'multi', 'label': 'bits', 'smoothing': 0.0, 'accumulate': 2},
+  'regression': {
+    'kind': 'finetune',
+    **SHORT,
+    'task': 'regression',
+    'label': 'value',
+    'smoothing': 0.0,
+    'mixup': 0.0,
+    'cutmix': 0.0,
+  },
+  'attentive': {**SHORT, 'base_lr': 0.4},
+  'segment': {**SHORT, 'train': 'scenes:train', 'test': 'scenes:test', 'classes': 3, 'taps': (1, 2)},
+  'conv': {
+    'kind': 'segment',
+    **SHORT,
+    'train': 'scenes:train',
+    'test': 'scenes:test',
+    'classes': 3,
+    'decoder': 'conv',
+    'width': 8,
+    'frozen': False,
+  },
+}
+
+
+def trained_data(mesh):
+  return Data(
+    mesh,
+    {
+      'a': described(161, 0, noise=1.5),
+      'b': described(83, 1, noise=1.5),
+      'scenes:train': scenes(161, 0, noise=1.0),
+      'scenes:test': scenes(83, 1, noise=1.0),
+    },
+  )
+
+
+def trained_figures(mesh):
+  """Figures of the evaluators that train on uneven sets, by the names of the log; without baselines."""
+  evals = {name: {'train': 'a', 'test': 'b', 'baselines': (), **given} for name, given in TRAINED.items()}
+  built = suite.build(evals, '', '', 16)
+  return suite.flat(built.run(built.evaluators, token_encoder(), None, trained_data(mesh).context()))
+
+
+def assert_same_figures(some, others):
+  """Equal but for the digits that the order of sums over devices decides."""
+  assert some.keys() == others.keys()
+  for name, value in some.items():
+    np.testing.assert_allclose(value, others[name], rtol=1e-4, err_msg=name)
 
 
 SETTINGS = {

@@ -90,11 +90,14 @@ def test_pool(rng):
   layers = rng.normal(size=(2, 5, 4 + 3, 8)).astype(np.float32)  # four class tokens before three patches
   encoded = {'tokens': layers[-1, :, 4:], 'cls': layers[-1, :, :4].mean(1), 'layers': jnp.asarray(layers)}
   pooled = features.pool(encoded)
-  assert list(pooled) == ['mean', 'max', 'cls', 'both', 'layer1/mean', 'layer1/cls', 'layer2/mean', 'layer2/cls']
+  tokens, layer_features = ['mean', 'max', 'mean_norm'], ['layer1/mean', 'layer1/cls', 'layer2/mean', 'layer2/cls']
+  assert list(pooled) == [*tokens, 'cls', 'both', *layer_features]
   np.testing.assert_allclose(pooled['both'], np.concatenate([pooled['cls'], pooled['mean']], 1))
   np.testing.assert_allclose(pooled['layer1/mean'], layers[0, :, 4:].mean(1), atol=1e-6)
   np.testing.assert_allclose(pooled['layer2/cls'], pooled['cls'], atol=1e-6)
-  assert list(features.pool({'tokens': encoded['tokens']})) == ['mean', 'max']
+  assert list(features.pool({'tokens': encoded['tokens']})) == tokens
+  np.testing.assert_allclose(pooled['mean_norm'].mean(1), 0, atol=1e-6)
+  np.testing.assert_allclose(pooled['mean_norm'].std(1), 1, atol=1e-3)
   np.testing.assert_array_equal(pooled['max'], encoded['tokens'].max(1))
 
 

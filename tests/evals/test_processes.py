@@ -15,7 +15,8 @@ import json, sys
 import jax
 jax.distributed.initialize(sys.argv[1], num_processes=2, process_id=int(sys.argv[2]))
 import eval_cases as cases
-print('FIGURES', json.dumps(cases.all_figures(cases.mesh_of(8))))
+mesh = cases.mesh_of(8)
+print('FIGURES', json.dumps([cases.all_figures(mesh), cases.trained_figures(mesh)]))
 """
 
 
@@ -41,10 +42,12 @@ def test_figures_are_the_same_on_two_processes():
     for i in range(2)
   ]
   try:
-    outputs = [process.communicate(timeout=300) for process in started]
+    outputs = [process.communicate(timeout=900) for process in started]
   finally:
     for process in started:
       process.kill()
   assert [process.returncode for process in started] == [0, 0], outputs
   figures = [json.loads(out.split('FIGURES', 1)[1]) for out, _ in outputs]
-  assert figures[0] == figures[1] == cases.all_figures(cases.mesh_of(8))
+  assert figures[0] == figures[1]
+  assert figures[0][0] == cases.all_figures(cases.mesh_of(8))
+  cases.assert_same_figures(figures[0][1], cases.trained_figures(cases.mesh_of(8)))

@@ -1,7 +1,7 @@
 import eval_cases as cases
 import pytest
 
-from mim_jax.errors import ConfigError
+from mim_jax.errors import ConfigError, MissingData
 from mim_jax.evals import suite
 
 
@@ -146,3 +146,73 @@ def test_figures_are_the_same_on_one_and_eight_devices():
   one, eight = (cases.all_figures(cases.mesh_of(count)) for count in (1, 8))
   assert one == eight
   assert len(one) > 40 and 0.3 < one['eval/knn/top1'] < 1
+
+
+def test_figures_of_trainings_are_the_same_on_one_and_eight_devices():
+  one, eight = (cases.trained_figures(cases.mesh_of(count)) for count in (1, 8))
+  cases.assert_same_figures(one, eight)
+  assert 0.2 < one['eval/finetune/top1'] < 1 and 0.5 < one['eval/multi/auroc'] < 1
+
+
+class Feeds:
+  """Remembers what is opened; the set 'absent' is missing and has the shape of nothing."""
+
+  def __init__(self):
+    self.opened = []
+
+  def source(self, spec):
+    if 'absent' in spec:
+      raise MissingData(f'{spec} is not prepared; prepare it: python -m mim_jax.data.worlds {spec}')
+    return spec
+
+  def pipeline(self, source, transforms, batch_size, fields, seed):
+    self.opened.append((source, transforms, batch_size, fields))
+    return self
+
+  def spec(self):
+    return {}
+
+
+def test_missing_data_is_found_ahead_and_says_how_to_get_it_and_how_to_do_without():
+  evals = build({'knn': {}, 'segment': {'train': 'folder:absent', 'classes': 3}})
+  with pytest.raises(MissingData, match='python -m mim_jax.data.worlds(.|\n)*--config.evals.segment.every=never'):
+    evals.check(Feeds(), frozenset())
+  off = build({'knn': {}, 'segment': {'train': 'folder:absent', 'every': 'never'}})
+  off.check(Feeds(), frozenset())
+  with pytest.raises(MissingData):
+    off.check(Feeds(), frozenset(), off.evaluators)
+
+
+def test_what_evaluators_read_is_looked_at_ahead():
+  feeds = Feeds()
+  build(
+    {'knn': {}, 'finetune': {'train_transforms': 'flip', 'train_batch': 32, 'accumulate': 2, 'drop_path': 0.0}}
+  ).check(feeds, frozenset())
+  assert feeds.opened == [
+    ('tfds:cifar10:train', 'decode | normalize', 64, ('image', 'label')),
+    ('tfds:cifar10:test', 'decode | normalize', 64, ('image', 'label')),
+    ('tfds:cifar10:train', 'flip', 16, ('image', 'label')),
+    ('tfds:cifar10:test', 'decode | normalize', 64, ('image', 'label')),
+  ]
+
+
+@pytest.mark.parametrize(
+  ('evals', 'message'),
+  [
+    ({'finetune': {}}, 'takes no `drop`'),
+    ({'finetune': {'drop_path': 0.0, 'epochs': 3, 'warmup_epochs': 3}}, 'epochs must be more'),
+    ({'finetune': {'drop_path': 0.0, 'accumulate': 3}}, 'in accumulate=3 equal parts'),
+    ({'finetune': {'drop_path': 0.0, 'task': 'many'}}, "task is 'many'"),
+    ({'finetune': {'drop_path': 0.0, 'task': 'regression'}}, 'set them to 0'),
+    ({'segment': {'taps': (1,)}}, 'gives no `layers`'),
+    ({'segment': {'decoder': 'upernet'}}, "decoder is 'upernet'; expected one of linear, conv"),
+  ],
+)
+def test_settings_that_cannot_work_are_found_ahead(evals, message):
+  with pytest.raises(ConfigError, match=message):
+    build(evals).check(Feeds(), frozenset())
+
+
+def test_pixels_are_no_baseline_of_a_training():
+  with pytest.raises(ConfigError, match='pixels.*known: untrained'):
+    build({'finetune': {'baselines': ('pixels',)}})

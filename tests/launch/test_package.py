@@ -73,6 +73,8 @@ def test_wheel_holds_packages_recipes_and_the_command(tmp_path):
     shutil.copytree(ROOT / entry, source / entry, ignore=shutil.ignore_patterns('__pycache__'))
   for entry in ('setup.py', 'pyproject.toml', 'LICENSE', 'MANIFEST.in'):
     shutil.copy(ROOT / entry, source)
+  (source / 'tests').mkdir()
+  (source / 'tests' / 'records.json').write_text('{}')
   build = 'import sys; from setuptools import build_meta; print(build_meta.build_wheel(sys.argv[1]))'
   done = subprocess.run([sys.executable, '-c', build, tmp_path], cwd=source, capture_output=True, text=True)
   assert done.returncode == 0, done.stderr
@@ -85,4 +87,5 @@ def test_wheel_holds_packages_recipes_and_the_command(tmp_path):
   assert packages <= {Path(entry).parent.as_posix() for entry in names}
   recipes = {f'mim_jax/configs/{path.name}' for path in ROOT.glob('configs/*.py')}
   assert recipes and recipes == {entry for entry in names if entry.startswith('mim_jax/configs/')}
+  assert 'mim_jax/records.json' in names
   assert not [entry for entry in names if entry.startswith(('configs/', 'tests/'))]

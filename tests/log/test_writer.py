@@ -244,3 +244,18 @@ def test_wandb_run_keeps_its_id(tmp_path, monkeypatch):
   assert logged[0]['step'] == 0 and logged[0]['loss'] == 0.5 and np.isnan(logged[0]['bad'])
   assert logged[1] == {'step': 0, 'panels/panel': str(tmp_path / 'panels' / 'panel_00000000.png')}
   assert logged[2] == 'end'
+
+
+def test_a_second_writer_adds_to_the_file_of_a_running_one(tmp_path):
+  with Writer(tmp_path) as trainer:
+    trainer.write(1, {'loss': 1.0})
+    with Writer(tmp_path, shared=True) as evaluator:
+      trainer.write(2, {'loss': 0.5})
+      evaluator.write(1, {'eval/knn/top1': 0.25})
+    trainer.write(3, {'loss': 0.25})
+  assert [row['step'] for row in read_metrics(tmp_path)] == [1, 2, 1, 3]
+  with (tmp_path / 'metrics.jsonl').open('ab') as file:
+    file.write(b'{"step": 4')
+  with pytest.raises(UserError, match='ends within a line'):
+    Writer(tmp_path, shared=True)
+  assert (tmp_path / 'metrics.jsonl').read_bytes().endswith(b'{"step": 4')  # which the running one may be completing

@@ -153,6 +153,20 @@ def test_non_square_images_and_patches():
   assert built.encode(params, batch)['tokens'].shape == (2, 24, 32)
 
 
+def test_encode_gives_layers_and_drops_paths_when_asked(tiny):
+  cfg, built, params, batch, _ = tiny
+  plain, more = built.encode(params, batch), built.encode(params, batch, layers=True)
+  assert set(plain) == {'tokens', 'cls'} and more['layers'].shape == (2, 4, 17, 32)
+  encoder, _ = mae.modules(cfg)
+  normed = encoder.apply({'params': params['encoder']}, batch['image'])
+  np.testing.assert_array_equal(plain['tokens'], normed[:, 1:])
+  last = more['layers'][-1]  # ahead of the final norm
+  last = (last - last.mean(-1, keepdims=True)) / jnp.sqrt(last.var(-1, keepdims=True) + cfg.ln_eps)
+  np.testing.assert_allclose(last[:, 0], plain['cls'], atol=1e-5)
+  dropped = built.encode(params, batch, drop=(jax.random.split(jax.random.key(0), 4), 0.9))
+  assert np.any(dropped['tokens'] != plain['tokens'])
+
+
 def test_bfloat16_stays_near_float32(tiny):
   _, built, params, batch, draws = tiny
   half = method.build(method.options('mae', **TINY, dtype='bfloat16'))

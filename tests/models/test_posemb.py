@@ -117,3 +117,19 @@ def test_resample_rejects_tables_of_another_size(rng):
     posemb.resample(table, (4, 4), (5, 5))
   with pytest.raises(ValueError, match='axes'):
     posemb.resample(table, (4, 4), (2, 2, 2), 1)
+
+
+def test_a_nudge_moves_rows_also_on_their_own_grid(goldens):
+  """The table that facebookresearch/dino's resampling gives on the grid it came from, as ChA-MAE uses it (its reference case)."""
+  case = golden(goldens, 'cha_mae')
+  table, expected = case['w/pos_embed'], case['out/pos_embed_seen']
+  places = expected.shape[1] - 9  # a grid of 3 x 3 behind class and memory tokens
+  matrix = posemb.cubic_matrix(3, 3, nudge=0.1)
+  moved = np.einsum('ya,xb,abd->yxd', matrix, matrix, table[0, places:].reshape(3, 3, -1))
+  np.testing.assert_allclose(moved.reshape(9, -1), expected[0, places:], atol=1e-6)
+  assert np.abs(matrix - np.eye(3)).max() > 0.01
+  np.testing.assert_allclose(posemb.cubic_matrix(3, 3), np.eye(3), atol=1e-7)
+  grid = posemb.sincos((4, 4), 16)
+  assert posemb.resample(grid, (4, 4), (4, 4), nudge=0.1) is grid  # a table that stays is left alone
+  nudged, plain = (posemb.resample(grid, (4, 4), (8, 8), nudge=nudge) for nudge in (0.1, 0.0))
+  assert 1e-3 < np.abs(nudged - plain).max() < 0.1

@@ -99,3 +99,16 @@ def test_mlp_widths_that_are_no_whole_multiple():
   shapes = jax.eval_shape(module.init, jax.random.key(0), jax.ShapeDtypeStruct((1, 16, 16, 3), jnp.float32))['params']
   assert shapes['blocks']['mlp']['fc1']['kernel'].shape == (1, 1536, 8192)
   assert shapes['blocks']['mlp']['fc2']['kernel'].shape == (1, 4096, 1536)
+
+
+def test_drop_path_for_fine_tuning_is_drawn_from_a_key_per_example():
+  module, variables, image = made()
+  keys = jax.random.split(jax.random.key(0), len(image))
+  assert vit.with_drop_path(module, None) == (module, None)
+  dropping, uniforms = vit.with_drop_path(module, (keys, 0.5))
+  assert dropping.drop_path == 0.5 and uniforms.shape == (len(image), module.depth, 2)
+  np.testing.assert_array_equal(uniforms[1], jax.random.uniform(keys[1], (module.depth, 2)))
+  dropped = dropping.apply(variables, image, drop=uniforms)
+  assert np.any(dropped != module.apply(variables, image))
+  still, uniforms = vit.with_drop_path(module, (keys, 0.0))
+  np.testing.assert_allclose(still.apply(variables, image, drop=uniforms), module.apply(variables, image), atol=1e-6)

@@ -61,6 +61,18 @@ def test_out_and_in_again(tmp_path, form, shape):
   equal(again.params, bundle.params)
 
 
+@pytest.mark.parametrize('form', ['timm', 'hf-dinov2'])
+def test_biases_of_their_own_are_joined_on_the_way_out(tmp_path, form):
+  """CAE's encoder: no bias of keys, and a fixed table with rows first, which others hold as a trained one."""
+  bundle = vit_cases.make('scaled', qkv_bias='qv', pos='sincos_rows')
+  assert 'q_bias' in bundle.params['encoder']['blocks']['attn']['qkv'] and 'pos_embed' not in bundle.params['encoder']
+  written, left = formats.write(tmp_path / 'x', bundle, form)
+  again, *_ = formats.read(written)
+  assert not left and not again.params['encoder']['blocks']['attn']['qkv']['bias'][:, 1].any()
+  image = check.images(bundle)
+  np.testing.assert_allclose(check.ours(again, image)['tokens'], check.ours(bundle, image)['tokens'], atol=2e-5)
+
+
 def test_registers_of_timm_keep_the_features_though_not_the_table(tmp_path):
   bundle = vit_cases.make('registers')  # timm's models with registers have no position for the class token
   written, _ = formats.write(tmp_path / 'x.safetensors', bundle, 'timm')

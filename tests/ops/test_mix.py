@@ -113,3 +113,11 @@ def test_every_target_sums_to_one_under_jit():
     images, targets = step(jax.random.key(seed))
     np.testing.assert_allclose(targets.sum(axis=-1), 1, atol=1e-6)
     assert images.shape == b['image'].shape and images.dtype == jnp.float32
+
+
+def test_labels_that_are_shares_already_are_mixed_as_they_are():
+  data = batch(4)
+  several = jnp.array([[1, 1, 0], [0, 1, 0], [0, 0, 0], [1, 0, 1]])
+  _, targets = apply(data['image'], several, draws(4, False, 0.75), 3, 0.1)
+  np.testing.assert_allclose(targets[0], [1.0, 0.75, 0.25], atol=1e-6)
+  np.testing.assert_allclose(targets[2], [0.0, 0.25, 0.0], atol=1e-6)

@@ -21,7 +21,12 @@ from mim_jax.errors import ConfigError, MissingData, nearest
 
 # name -> module with its WORLD, imported when it is first asked for.
 WORLDS = {
+  'moving': 'mim_jax.data.worlds.moving',
+  'organs': 'mim_jax.data.worlds.organs',
+  'questions': 'mim_jax.data.worlds.questions',
   'shapes': 'mim_jax.data.worlds.shapes',
+  'stains': 'mim_jax.data.worlds.stains',
+  'tables': 'mim_jax.data.worlds.tables',
 }
 
 

@@ -75,6 +75,10 @@ COLUMNS = {
   'haze': 'm',
 }
 
+# Every word of a caption. Their order gives token ids: new ones go to the end.
+_PLAIN = ', ; a an at behind front ground in it lower left middle of on right the to upper with'
+WORDS = (*_PLAIN.split(), *COLOURS, *PATTERNS, *CLASSES)
+
 
 @dataclasses.dataclass(frozen=True)
 class Dress:

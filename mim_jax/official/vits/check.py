@@ -111,7 +111,7 @@ def timm_options(bundle: bundles.Bundle) -> dict:
     'depth': options['depth'],
     'num_heads': options['heads'],
     'mlp_ratio': options['mlp_ratio'] * (2 if gated else 1),
-    'qkv_bias': options['qkv_bias'],
+    'qkv_bias': bool(options['qkv_bias']),
     'init_values': options['layer_scale'] or None,
     'class_token': options['cls'],
     'reg_tokens': options['registers'],

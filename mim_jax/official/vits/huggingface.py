@@ -94,7 +94,7 @@ def _vit(bundle):
     'model_type': 'vit',
     **_shared(bundle),
     'intermediate_size': _hidden(bundle),
-    'qkv_bias': bundle.encoder['qkv_bias'],
+    'qkv_bias': bool(bundle.encoder['qkv_bias']),
   }
   if 'head' in bundle.params:
     classes = bundle.params['head']['bias'].shape[0]

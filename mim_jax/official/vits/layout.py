@@ -324,6 +324,8 @@ def save(bundle: bundles.Bundle, layout: Layout) -> tuple[dict[str, np.ndarray],
   swiglu = options.get('activation') == 'swiglu'
   if swiglu and not layout.swiglu or not swiglu and options.get('activation', 'gelu') not in layout.activations:
     raise CheckpointError(f'{layout.name} cannot express the activation {options["activation"]!r}')
+  if isinstance(options.get('qkv_bias'), str) and options['qkv_bias']:
+    _join_biases(encoder)
   _fill(encoder, options, layout)
   table = bundle.table()[None]
   encoder.pop('pos_embed', None)
@@ -371,6 +373,16 @@ def _fill(encoder, options, layout: Layout):
   for need in layout.needs:
     if need not in encoder:
       raise CheckpointError(f'{layout.name} needs {need!r}, which this encoder does not have; take another format')
+
+
+def _join_biases(encoder):
+  """Puts biases of queries, keys and values that are parameters of their own into one, with zeros for those that are not there."""
+  attn = encoder['blocks']['attn']
+  own = {letter: attn['qkv'].get(f'{letter}_bias') for letter in 'qkv'}
+  zero = np.zeros_like(next(bias for bias in own.values() if bias is not None))
+  bias = np.stack([zero if own[letter] is None else own[letter] for letter in 'qkv'], axis=1)
+  qkv = {'kernel': attn['qkv']['kernel'], 'bias': bias}
+  encoder['blocks'] = {**encoder['blocks'], 'attn': {**attn, 'qkv': qkv}}
 
 
 def _put(tree: dict, path: list[str], value):

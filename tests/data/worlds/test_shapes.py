@@ -182,3 +182,15 @@ def test_shape_is_in_the_edges_and_not_in_colours_or_raw_pixels():
   assert colours < 0.2
   assert pixels < 0.3
   assert edges > 0.5 and edges > 2 * pixels
+
+
+def test_captions_are_made_of_the_words_of_the_world():
+  from mim_jax.data import text
+
+  tokenizer = text.load('words:shapes')
+  options = shapes.WORLD.options()
+  for index in range(60):
+    scene = shapes.scene(build.stream(options['seed'], 'shapes/train', index))
+    ids, mask = tokenizer.encode(shapes.caption(scene), 64)
+    assert tokenizer.unknown not in ids
+    assert mask.sum() < 64
