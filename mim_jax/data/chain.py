@@ -185,7 +185,7 @@ def _step(node, where):
   except TypeError as error:
     raise ConfigError(f'{where}: {name}: {error}; it takes {transform}') from error
   for key, value in options.items():
-    expected, good = CHECKS.get(key, ('', lambda v: True))
+    expected, good = CHECKS.get(f'{name}.{key}') or CHECKS.get(key, ('', lambda v: True))
     if not good(value):
       raise ConfigError(f'{where}: {name}: {key} must be {expected}, found {value!r}')
   return transform, options
@@ -211,7 +211,7 @@ _FACTOR = 'a number, 0 or more', lambda v: _number(v, 0)
 _FRACTION = '(low, high) with 0 < low <= high <= 1', lambda v: _range(v, 1)
 _SPAN = '(low, high) with 0 < low <= high', _range
 _FILTER = "'lanczos', 'bicubic' or 'bilinear'", lambda v: v in ('lanczos', 'bicubic', 'bilinear')
-# What an option of this name must be, in whichever transform: in words, and as a test.
+# What an option of this name must be, in whichever transform or in one ('flip.p'): in words, and as a test.
 CHECKS = {
   'size': _SIDES,
   'second': _SIDES,

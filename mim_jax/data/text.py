@@ -334,9 +334,9 @@ def corrupt(ids, selected, u_replace, u_random, words, mask: int) -> tuple[np.nd
 
 
 RULES = ('collator', 'words', 'tokens')
-CHECKS['length'] = 'a number of tokens, 3 or more', lambda v: isinstance(v, int) and v >= 3
-CHECKS['masked'] = 'a probability from 0 to 1', lambda v: isinstance(v, int | float) and 0 <= v <= 1
-CHECKS['rule'] = f'one of {", ".join(RULES)}', lambda v: v in RULES
+CHECKS['tokenize.length'] = 'a number of tokens, 3 or more', lambda v: isinstance(v, int) and v >= 3
+CHECKS['tokenize.masked'] = 'a probability from 0 to 1', lambda v: isinstance(v, int | float) and 0 <= v <= 1
+CHECKS['tokenize.rule'] = f'one of {", ".join(RULES)}', lambda v: v in RULES
 
 
 @register(field='')

@@ -19,7 +19,7 @@ def _is_sides(value):
 
 
 CHECKS['sides'] = 'a number of voxels or (height, width, depth)', _is_sides
-CHECKS['by'] = "'image' or 'mask'", lambda v: v in ('image', 'mask')
+CHECKS['random_crop_3d.by'] = "'image' or 'mask'", lambda v: v in ('image', 'mask')
 CHECKS['amount'] = 'a number from 0 to 1', lambda v: isinstance(v, int | float) and 0 <= v <= 1
 
 

@@ -98,7 +98,7 @@ def modules(cfg):
 
 
 def undo_norm(pred, target):
-  """Prediction of normalised cubes [B, N, P] in the units of `target`: by the unbiased deviation + 1e-6, as officially."""
+  """Prediction of normalised cubes [B, N, P] in the units of `target`: by their unbiased deviation + 1e-6."""
   mean, var = targets.patch_statistics(target, ddof=1)
   return pred * (jnp.sqrt(var) + 1e-6) + mean
 

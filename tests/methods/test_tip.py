@@ -369,8 +369,8 @@ def squares(key, count):
 def test_learns_the_table_from_the_image(seed):
   """Masked categories above majority and above other images; retrieval; probe with missing cells above untrained."""
   larger = dict(image_encoder='basic/1,1,1/8', tabular='32/2/4', multimodal='32/2/4')
-  cfg = method.options('tip', **TINY | larger | dict(cat_lengths=(COLOURS, PLACES, 3)))
-  built = method.build(cfg)
+  options = TINY | larger | dict(cat_lengths=(COLOURS, PLACES, 3))
+  built, fixed = (method.build(method.options('tip', **options, bn_train=train)) for train in (True, False))
   start = begin(built, seed)
   tx = optax.adam(optax.warmup_cosine_decay_schedule(0.0, 2e-3, 30, 600))
 
@@ -387,11 +387,11 @@ def test_learns_the_table_from_the_image(seed):
 
   (params, state, _), _ = jax.lax.scan(train, (start, built.state(start), tx.init(start)), jnp.arange(600))
   batch, _ = squares(jax.random.key(999), 512)
-  draws = built.draw(jax.random.key(998), batch)
-  fixed = method.build(method.options('tip', **{**cfg.to_dict(), 'bn_train': False}))
+  draws = jax.jit(built.draw)(jax.random.key(998), batch)
+  judge = jax.jit(lambda batch, draws: fixed.loss(params, state, {}, batch, draws, 0)[1])
 
   def filled(image):  # share of hidden colours and places that are filled in rightly
-    out = fixed.loss(params, state, {}, {**batch, 'image': image}, draws, 0)[1]['out']
+    out = judge({**batch, 'image': image}, draws)['out']
     right = [
       (jnp.argmax(out['pred_cat'][:, j, lo : lo + 4], -1) == batch['table'][:, j]) for j, lo in ((0, 0), (1, COLOURS))
     ]
@@ -402,8 +402,8 @@ def test_learns_the_table_from_the_image(seed):
   retrieved = []
   for i in range(8):
     part = jax.tree.map(lambda x, i=i: x[64 * i : 64 * i + 64], batch)
-    part_draws = built.draw(jax.random.key(i), part) | {'corrupted': part['table']}
-    retrieved.append(float(fixed.loss(params, state, {}, part, part_draws, 0)[1]['metrics']['accuracy/itc']))
+    part_draws = jax.jit(built.draw)(jax.random.key(i), part) | {'corrupted': part['table']}
+    retrieved.append(float(judge(part, part_draws)['metrics']['accuracy/itc']))
 
   def probe(params, state):
     encode = jax.jit(lambda b: built.encode(params, b, state)['cls'])
