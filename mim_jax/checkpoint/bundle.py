@@ -148,7 +148,8 @@ def named_stats(mean, std) -> Any:
   """The name in `ops.pixels.STATS` of a mean and standard deviation, or the pair itself."""
   pair = tuple(tuple(float(v) for v in part) for part in (mean, std))
   for name in pixels.STATS:
-    if all(np.allclose(a, b, atol=1e-3) for a, b in zip(pixels.stats(name), pair, strict=True)):
+    known = pixels.stats(name)  # of one entry, or of one per channel
+    if all(np.size(a) in (1, len(b)) and np.allclose(a, b, atol=1e-3) for a, b in zip(known, pair, strict=True)):
       return name
   return pair
 
