@@ -99,7 +99,7 @@ def debug(cfg):
   about two minutes.
   """
   cfg.method = method.options(
-    'cropmae', size='128/4/4', decoder='64/2/4', ff_dim=256, patch=8, image_size=64, mask_ratio=0.95, scan=False
+    'cropmae', size='96/3/4', decoder='64/2/4', ff_dim=256, patch=8, image_size=64, mask_ratio=0.95, scan=False
   )
   views = 'two_views(64, scale=(0.5, 1.0), local_scale=(0.3, 0.6))'
   cfg.data.source = 'synthetic:shapes/train=4000,validation=1000,textures=false,others=0:train'
@@ -109,10 +109,10 @@ def debug(cfg):
   cfg.batch_size = 64
   cfg.optim.base_lr = 2e-3
   cfg.optim.lr_batch = 0
-  cfg.duration = '800 steps'
+  cfg.duration = '500 steps'
   cfg.schedule.warmup = '10%'
   cfg.log_every = '20 steps'
-  cfg.checkpoint.every = '400 steps'
+  cfg.checkpoint.every = '250 steps'
   video = {
     'kind': 'propagation',
     'test': 'synthetic:moving/train=0,validation=24:validation',

@@ -128,9 +128,9 @@ def debug(cfg):
   cfg.data.cache = True
   cfg.batch_size = 32
   cfg.optim.base_lr, cfg.optim.lr_mult = 1e-3, ()  # everything starts from scratch here
-  cfg.duration = '1000 steps'
+  cfg.duration = '600 steps'
   cfg.log_every = '20 steps'
-  cfg.checkpoint.every = '500 steps'
+  cfg.checkpoint.every = '300 steps'
   images = {'test': ':validation', 'batch_size': 250, 'transforms': "decode | normalize('clip')"}
   world = 'synthetic:questions/train=2000,validation=500,textures=false'
   cfg.evals = {

@@ -53,7 +53,7 @@ def get_config(arg=''):
 
 
 def debug(cfg):
-  """The whole of it on rendered scenes of 64 pixels: trains offline on two CPU cores in about two minutes.
+  """The whole of it on rendered scenes of 48 pixels: trains offline on two CPU cores in about two minutes.
 
   The classifier is trained in the same run (900 steps, at a tenth of the rate of the prompts), then 32 batches fill the
   bank, then the prompts are trained. Adam's momentum carries the classifier on for some ten steps, as if it were
@@ -61,9 +61,9 @@ def debug(cfg):
   """
   cfg.method = method.options(
     'robust_mae',
-    size='128/4/4',
+    size='96/3/4',
     patch=8,
-    image_size=64,
+    image_size=48,
     classes=12,
     head_std=0.02,
     scan=False,
@@ -72,8 +72,8 @@ def debug(cfg):
     bank=2048,
     classifier_steps=900,
   )
-  cfg.data.source = 'synthetic:shapes/train=4000,validation=1000,textures=false,others=0:train'
-  cfg.data.transforms = "decode | random_resized_crop(64, scale=(0.5, 1.0)) | flip | normalize('none')"
+  cfg.data.source = 'synthetic:shapes/size=48,train=4000,validation=1000,textures=false,others=0:train'
+  cfg.data.transforms = "decode | random_resized_crop(48, scale=(0.5, 1.0)) | flip | normalize('none')"
   cfg.data.eval_transforms = "decode | normalize('none')"
   cfg.data.cache = True
   cfg.batch_size = 64

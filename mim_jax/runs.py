@@ -94,6 +94,7 @@ def frozen_networks(program: step.Program, seed: int, path: str):
 
 
 def panel_of(built: method.Method, feeds: Feeds, cfg, evaluators) -> Panel:
-  """The picture of a run: on the first examples of its first evaluator's test data, or of its training data if it has no evaluator."""
-  source = next((e.cfg.test for e in evaluators), cfg.data.source)
-  return Panel(built, feeds, source, cfg.data.eval_transforms, cfg.panels.count)
+  """The picture of a run: on the first test data of an evaluator that reads what the run's own `eval_transforms` make, else on its training data."""
+  transforms = cfg.data.eval_transforms
+  source = next((e.cfg.test for e in evaluators if e.cfg.transforms in ('', transforms)), cfg.data.source)
+  return Panel(built, feeds, source, transforms, cfg.panels.count)

@@ -14,7 +14,7 @@ from mim_jax.checkpoint.manager import Manager
 from mim_jax.data.feeds import Feeds
 from mim_jax.errors import CheckpointError, UserError
 from mim_jax.evals import features, suite
-from mim_jax.log import environment, panels
+from mim_jax.log import environment, panels, record
 from mim_jax.log.profile import Profiler, Timer, device_memory
 from mim_jax.log.progress import Progress
 from mim_jax.log.writer import Writer, read_metrics
@@ -315,16 +315,21 @@ class Trainer:
 
 def summary(workdir: Path, figures: dict) -> str:
   """What a finished run leaves behind: figures next to their baselines, and the path of each thing."""
-  names = sorted({key for key in figures if key.endswith('/top1') and key.count('/') == 2})
   lines = []
-  for key in names:
-    kind = key.split('/')[1]
+  told = {}
+  for key in record.headlines(figures):
+    evaluator, figure, _ = record.evaluation(key)
+    told.setdefault(evaluator, []).append(figure)
+  for evaluator, given in sorted(told.items()):
+    figure = next((name for name in record.FIRST if name in given), given[0])
+    number = '{:.1%}' if figure == 'top1' else '{:.4g}'
     beside = [
-      f'{which} {figures[f"eval/{kind}/{which}/top1"]:.1%}'
-      for which in suite.BASELINES
-      if f'eval/{kind}/{which}/top1' in figures
+      f'{which} {number.format(figures[f"eval/{evaluator}/{which}/{figure}"])}'
+      for which in record.BASELINES
+      if f'eval/{evaluator}/{which}/{figure}' in figures
     ]
-    lines.append(f'{kind:>8}: trained encoder {figures[key]:.1%}' + (f'   ({", ".join(beside)})' if beside else ''))
+    value = number.format(figures[f'eval/{evaluator}/{figure}'])
+    lines.append(f'{evaluator:>8}: {figure} {value}' + (f'   ({", ".join(beside)})' if beside else ''))
   pictures = sorted((workdir / 'panels').glob('panel_*.png'))
   lines += [f'  curve: {workdir / "panels" / "loss.png"}']
   lines += [f'  panel: {pictures[-1]}'] if pictures else []

@@ -14,6 +14,10 @@ from mim_jax.log.progress import short
 from mim_jax.log.writer import read_metrics
 
 BASELINES = ('untrained', 'pixels')  # as in mim_jax.evals.suite, which takes seconds to import
+
+# What an evaluator is told by at a glance: the first of these that it gives.
+FIRST = ('top1', 'miou', 'dice', 'auroc', 'r2')
+
 # Begins a figure of one kind of features or of one class, such as 'layer3/mean/top1' or 'class2/dice'.
 FEATURES = re.compile(r'(cls|mean|max|both|layer\d+|class\d+)/')
 

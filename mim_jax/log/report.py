@@ -14,12 +14,11 @@ from mim_jax.evals import suite
 from mim_jax.log import curves, page
 from mim_jax.log.page import Html
 from mim_jax.log.progress import duration, short
-from mim_jax.log.record import BASELINES, Record, evaluation, headlines, losses, same
+from mim_jax.log.record import BASELINES, FIRST, Record, evaluation, headlines, losses, same
 
 PANELS = 4  # pictures of a kind that are shown: the first, the last, and some in between
 FAULTS = 20  # faults that are listed
 PICTURE = re.compile(r'(.+)_(\d{8,})\.png')  # as the writer names them
-FIRST = ('top1', 'miou', 'dice', 'auroc', 'r2')  # what an evaluator is told by at a glance, the first of these that it gives
 SHARES = ('top1', 'top5', 'class_mean')  # figures between 0 and 1 that are told in percent
 
 

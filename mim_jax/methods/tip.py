@@ -31,6 +31,7 @@ DEFAULTS = {
   'ln_eps': 1e-5,
   'qkv_bias': False,
   'projection': 128,
+  'init_std': 0.02,  # of the dense layers of the transformers; it suits width 512, narrower ones want more
   'bn_momentum': 0.1,  # weight of the newest batch in the running statistics
   'bn_eps': 1e-5,
   'bn_train': True,  # normalise by the statistics of the batch in training; False: by the running ones, which then stay
@@ -80,6 +81,7 @@ def make(cfg) -> Method:
     )
   hidden_count, corrupted = tables.hidden_count(columns, cfg.mask_ratio), int(cfg.corruption * columns)
   bn_train, lacking, temperature, share = cfg.bn_train, cfg.missing, cfg.temperature, cfg.image_to_table
+  init_std = cfg.init_std
   height, width = vit.sides(cfg.image_size, 2)
   fields = {
     'image': Field('B H W C', (height, width, cfg.channels), doc='in [0, 1] (data.transforms ends in to_float)'),
@@ -121,10 +123,10 @@ def make(cfg) -> Method:
     fused = begin('multimodal_encoder', tokens, begin('image_projection', features))
     begin('predictor', fused[:, 1:])
     begin('itm_head', fused[:, 0])
-    # As the official code starts them: N(0, 0.02^2) and bias 0; projectors and the matching head are left as PyTorch
+    # As the official code starts them: N(0, init_std^2) and bias 0; projectors and the matching head are left as PyTorch
     # starts them.
     for name in ('tabular_encoder', 'image_projection', 'multimodal_encoder', 'predictor'):
-      params[name] = initial.normal_kernels(jax.random.fold_in(keys[name], 1), params[name])
+      params[name] = initial.normal_kernels(jax.random.fold_in(keys[name], 1), params[name], init_std)
     for name in ('image_projector', 'tabular_projector', 'itm_head'):
       params[name] = initial.torch_dense(jax.random.fold_in(keys[name], 1), params[name])
     return params

@@ -17,7 +17,7 @@ from mim_jax.errors import ConfigError
 # Megatron's cut of a transformer block (Shoeybi et al. 2019, section 3): queries, keys, values and the first MLP layer
 # by output, the projections after them by input, so that each half of a block needs one sum over the 'tensor' axis.
 DEFAULT_RULES = (
-  (r'attn\w*/(qkv|kv|q|k|v)/(kernel|bias)$', ('tensor', None)),  # [..., D, 3, H, d], [..., 3, H, d]
+  (r'attn\w*/(qkv|kv|q|k|v|query|key|value)/(kernel|bias)$', ('tensor', None)),  # [..., D, 3, H, d], [..., 3, H, d]
   (r'attn\w*/proj/kernel$', ('tensor', None, None)),  # [..., H, d, D]
   (r'mlp\w*/fc1/(kernel|bias)$', ('tensor',)),  # [..., D, 4 D], [..., 4 D]
   (r'mlp\w*/fc2/kernel$', ('tensor', None)),  # [..., 4 D, D]
