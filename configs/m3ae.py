@@ -154,7 +154,7 @@ def debug(cfg):
         'transforms': f"decode | tokenize('{words}', 20, field='question') | normalize('clip')",
         'closed': 'closed',
         'train_batch': 50,
-        'epochs': 8,
+        'epochs': 3,
         'base_lr': 1e-3,
         'fusion_mult': 1.0,
         'head_mult': 2.0,

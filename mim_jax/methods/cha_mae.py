@@ -33,6 +33,7 @@ DEFAULTS = {
   'ln_eps': 1e-6,
   'layer_scale': 1.0,  # start of the encoder's; 0 for none
   'memory_tokens': 4,
+  'init_std': 0.02,  # of linear layers, tokens and positions; much narrower networks than 384 need more to leave the plateau
   'fusion': 'sigmoid',  # of the class token with pooled patches: sigmoid | add | cls (none)
   'decoder': '1/16',  # depth/heads; it is as wide as the encoder
   'mask_ratio': 0.75,  # of the patches of a channel
@@ -165,6 +166,7 @@ def modules(cfg):
     memory=cfg.memory_tokens,
     layer_scale=cfg.layer_scale,
     copied_gradient=cfg.position_gradient == 'copied',
+    std=cfg.init_std,
     **shared,
   )
   decoder = channel_vit.Decoder(depth, heads, extra=1 + cfg.memory_tokens, out=math.prod(patch), **shared)
@@ -197,6 +199,7 @@ def make(cfg) -> Method:
   patch, grid, extra = encoder.patch, encoder.grid, 1 + cfg.memory_tokens
   count, channels, types, same = math.prod(grid), cfg.channels, cfg.channel_types, cfg.same_channels
   kept = masking.keep_count(count, cfg.mask_ratio)
+  std = cfg.init_std
   official = cfg.pad_mode == 'official' and not same
   # Patches are hidden in every step of such a recipe, so no image ever shows more than this.
   budget = channels * kept if not cfg.p_channel and not official else None
@@ -270,8 +273,8 @@ def make(cfg) -> Method:
         tree['proxy_head'] = blocks.Dense(width).init(keys[5], features)['params']
     if cfg.channel_weight:
       tree['channel_proxies'] = nn.initializers.orthogonal()(keys[6], (types, width))
-    # Linear layers start at N(0, 0.02); the patch projection stays as PyTorch starts a convolution.
-    started = initial.normal_kernels(keys[7], tree)
+    # Linear layers start normal; the patch projection stays as PyTorch starts a convolution.
+    started = initial.normal_kernels(keys[7], tree, std)
     bound = 1 / math.sqrt(math.prod(patch))
     kernel = started['encoder']['patch_embed']['kernel']
     started['encoder']['patch_embed']['kernel'] = jax.random.uniform(keys[8], kernel.shape, minval=-bound, maxval=bound)

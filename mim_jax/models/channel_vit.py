@@ -27,6 +27,7 @@ class Encoder(nn.Module):
   eps: float
   layer_scale: float
   copied_gradient: bool
+  std: float  # of learned tokens and positions at the start
   dtype: str
   scan: bool
   remat: str
@@ -50,7 +51,7 @@ class Encoder(nn.Module):
     table = self.param('channel_tokens', nn.initializers.orthogonal(), (self.types, self.width))
     rows = jnp.where((ids >= 0)[..., None], table[jnp.maximum(ids, 0)], 0.0)
     extra = 1 + self.memory
-    normal = nn.initializers.normal(0.02)
+    normal = nn.initializers.normal(self.std)
     cls = self.param('cls_token', normal, (1, 1, self.width))
     memory = self.param('memory_tokens', normal, (1, self.memory, self.width))
     pos = self.param('pos_embed', normal, (1, extra + math.prod(self.grid), self.width))
