@@ -135,10 +135,10 @@ def debug(cfg):
   cfg.batch_size = 64
   cfg.optim.base_lr = 2e-3
   cfg.optim.wd = 0.01
-  cfg.duration = '600 steps'
+  cfg.duration = '1000 steps'
   cfg.schedule.warmup = '10%'
   cfg.log_every = '20 steps'
-  cfg.checkpoint.every = '300 steps'
+  cfg.checkpoint.every = '500 steps'
   judged = {'test': ':validation', 'batch_size': 256, 'fields': FIELDS}
   cfg.evals = {
     'knn': suite.settings('knn', judged | {'features': 'cls'}),
