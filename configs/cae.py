@@ -128,14 +128,8 @@ def debug(cfg):
   cfg.data.source = 'synthetic:shapes/train=4000,validation=1000,textures=false,others=0:train'
   cfg.data.transforms = 'decode | random_resized_crop(64, scale=(0.5, 1.0)) | flip | normalize'
   cfg.data.eval_transforms = 'decode | normalize'
-  cfg.data.cache = True
-  cfg.batch_size = 64
-  cfg.optim.base_lr = 1e-3
+  config.laptop(cfg, steps=500, base_lr=1e-3)
   cfg.optim.b2 = 0.95
-  cfg.duration = '500 steps'
-  cfg.schedule.warmup = '10%'
-  cfg.log_every = '20 steps'
-  cfg.checkpoint.every = '250 steps'
   evaluation = {'test': ':validation', 'batch_size': 256}
   cfg.evals = {
     'knn': suite.settings('knn', evaluation | {'features': 'max'}),

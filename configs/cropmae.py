@@ -105,14 +105,7 @@ def debug(cfg):
   cfg.data.source = 'synthetic:shapes/train=4000,validation=1000,textures=false,others=0:train'
   cfg.data.transforms = f'decode | {views} | normalize'
   cfg.data.eval_transforms = f'decode | {views} | normalize'
-  cfg.data.cache = True
-  cfg.batch_size = 64
-  cfg.optim.base_lr = 2e-3
-  cfg.optim.lr_batch = 0
-  cfg.duration = '500 steps'
-  cfg.schedule.warmup = '10%'
-  cfg.log_every = '20 steps'
-  cfg.checkpoint.every = '250 steps'
+  config.laptop(cfg, steps=500, base_lr=2e-3)
   video = {
     'kind': 'propagation',
     'test': 'synthetic:moving/train=0,validation=24:validation',

@@ -95,14 +95,7 @@ def debug(cfg):
   cfg.data.source = 'synthetic:shapes/size=96,train=4000,validation=1000,textures=false,others=0:train'
   cfg.data.transforms = "decode | random_resized_crop(96, scale=(0.5, 1.0)) | flip | keep('image_u8') | normalize"
   cfg.data.eval_transforms = "decode | keep('image_u8') | normalize"
-  cfg.data.cache = True
-  cfg.batch_size = 32
-  cfg.optim.base_lr = 2e-3
-  cfg.optim.lr_batch = 0
-  cfg.duration = '600 steps'
-  cfg.schedule.warmup = '10%'
-  cfg.log_every = '20 steps'
-  cfg.checkpoint.every = '300 steps'
+  config.laptop(cfg, steps=600, base_lr=2e-3, batch_size=32)
   evaluation = {'test': ':validation', 'batch_size': 100}
   fit = evaluation | {  # a training of its own, from 1,000 labelled images: mim-jax eval --evals=finetune
     'every': 'never',

@@ -79,13 +79,7 @@ def debug(cfg):
   cfg.data.source = 'synthetic:organs/train=300,validation=16:train'
   cfg.data.transforms = 'random_crop_3d(32, p=0.75) | flip_3d(p=0.5) | to_float | intensity_3d(0.1, p=0.1)'
   cfg.data.eval_transforms = 'crop_3d(32) | to_float'
-  cfg.data.cache = True
-  cfg.batch_size = 32
-  cfg.optim.base_lr = 1e-3
-  cfg.duration = '500 steps'
-  cfg.schedule.warmup = '10%'
-  cfg.log_every = '20 steps'
-  cfg.checkpoint.every = '250 steps'
+  config.laptop(cfg, steps=500, base_lr=1e-3, batch_size=32)
   cfg.panels.every, cfg.panels.count = '25%', 4
   labelled = {'train': ':train[:40]', 'test': ':validation', 'classes': 7, 'batch_size': 8}
   tokens = labelled | {'background': 0, 'train_batch': 8, 'epochs': 20, 'base_lr': 0.1, 'decoder': 'linear'}

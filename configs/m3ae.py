@@ -125,12 +125,8 @@ def debug(cfg):
   caption = f"tokenize('{words}', 20, masked=0.3, rule='words')"
   cfg.data.source = 'synthetic:shapes/train=4000,validation=1000,textures=false,others=0:train'
   cfg.data.transforms = cfg.data.eval_transforms = f"decode | false_image | {caption} | normalize('clip')"
-  cfg.data.cache = True
-  cfg.batch_size = 32
-  cfg.optim.base_lr, cfg.optim.lr_mult = 1e-3, ()  # everything starts from scratch here
-  cfg.duration = '600 steps'
-  cfg.log_every = '20 steps'
-  cfg.checkpoint.every = '300 steps'
+  config.laptop(cfg, steps=600, base_lr=1e-3, batch_size=32)
+  cfg.optim.lr_mult = ()  # everything starts from scratch here
   images = {'test': ':validation', 'batch_size': 250, 'transforms': "decode | normalize('clip')"}
   world = 'synthetic:questions/train=2000,validation=500,textures=false'
   cfg.evals = {

@@ -118,14 +118,7 @@ def debug(cfg, teacher: str):
   cfg.data.source = 'synthetic:shapes/train=4000,validation=1000,textures=false,others=0:train'
   cfg.data.transforms = 'decode | random_resized_crop(64, scale=(0.5, 1.0)) | flip | normalize'
   cfg.data.eval_transforms = 'decode | normalize'
-  cfg.data.cache = True
-  cfg.batch_size = 64
-  cfg.optim.base_lr = 1e-3
-  cfg.optim.lr_batch = 0
-  cfg.duration = '1000 steps'
-  cfg.schedule.warmup = '10%'
-  cfg.log_every = '20 steps'
-  cfg.checkpoint.every = '500 steps'
+  config.laptop(cfg, steps=1000, base_lr=1e-3)
   evaluation = {'test': ':validation', 'batch_size': 256}
   fit = evaluation | {  # a training of its own, from 1,000 labelled images: mim-jax eval --evals=finetune
     'every': 'never',

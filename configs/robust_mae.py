@@ -75,13 +75,9 @@ def debug(cfg):
   cfg.data.source = 'synthetic:shapes/size=48,train=4000,validation=1000,textures=false,others=0:train'
   cfg.data.transforms = "decode | random_resized_crop(48, scale=(0.5, 1.0)) | flip | normalize('none')"
   cfg.data.eval_transforms = "decode | normalize('none')"
-  cfg.data.cache = True
-  cfg.batch_size = 64
+  config.laptop(cfg, steps=1100, base_lr=1e-2)
   cfg.optim.lr_mult = ((CLASSIFIER, 0.1),)
-  cfg.duration = '1100 steps'
   cfg.schedule.warmup = '5%'
-  cfg.log_every = '20 steps'
-  cfg.checkpoint.every = '550 steps'
   cfg.panels.every = '50%'
   judged = {'test': ':validation', 'batch_size': 64, 'count': 256, 'baselines': ('untrained',), 'stats': 'none'}
   cfg.evals = {

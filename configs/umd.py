@@ -81,14 +81,7 @@ def debug(cfg):
   cfg.data.source = 'synthetic:shapes/size=32,train=4000,validation=1000,textures=false,others=0:train'
   cfg.data.transforms = 'decode | random_resized_crop(32, scale=(0.5, 1.0)) | flip | normalize("half")'
   cfg.data.eval_transforms = 'decode | normalize("half")'
-  cfg.data.cache = True
-  cfg.batch_size = 64
-  cfg.optim.base_lr = 1e-3
-  cfg.optim.lr_batch = 0
-  cfg.duration = '800 steps'
-  cfg.schedule.warmup = '10%'
-  cfg.log_every = '20 steps'
-  cfg.checkpoint.every = '400 steps'
+  config.laptop(cfg, steps=800, base_lr=1e-3)
   evaluation = {'test': ':validation', 'batch_size': 256}
   cfg.evals = {
     'fewshot': suite.settings('fewshot', evaluation | {'shots': (100,), 'seeds': 3, 'features': 'cls'}),

@@ -142,6 +142,17 @@ def arguments(text: str, **defaults) -> ml_collections.ConfigDict:
   return args
 
 
+def laptop(cfg: ml_collections.ConfigDict, steps: int, base_lr: float, batch_size: int = 64):
+  """Sets what `:debug` recipes have in common: a short run from memory, logged often, at a rate for its own batch."""
+  cfg.data.cache = True
+  cfg.batch_size = batch_size
+  cfg.optim.base_lr, cfg.optim.lr_batch = base_lr, 0
+  cfg.duration = f'{steps} steps'
+  cfg.schedule.warmup = '10%'
+  cfg.log_every = '20 steps'
+  cfg.checkpoint.every = f'{steps // 2} steps'
+
+
 def load(args: Sequence[str]) -> ml_collections.ConfigDict:
   """The config of `--config=FILE[:argument] [--config.key=value ...]`. Raises ConfigError for anything that does not fit."""
   path = next((arg.split('=', 1)[1] for arg in args if arg.startswith('--config=')), None)

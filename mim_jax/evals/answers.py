@@ -53,9 +53,8 @@ def reads(cfg):
 def _with_closed(cfg):
   """The settings of `fit`: an encoder is shown the mark too, and does not look at it."""
   settings = cfg.copy_and_resolve_references()
-  with settings.unlocked():
-    settings.fields = (*cfg.fields, *filter(None, [cfg.closed]))
-    settings.lr_mult = ((cfg.fusion, cfg.fusion_mult), (r'^task/', cfg.head_mult))
+  settings.fields = (*cfg.fields, *filter(None, [cfg.closed]))
+  settings.lr_mult = (*cfg.lr_mult, (cfg.fusion, cfg.fusion_mult), (r'^task/', cfg.head_mult))
   return settings
 
 

@@ -98,11 +98,17 @@ def _program(apply, mesh):
   def program(variables, batch, label, names):
     given = {name: value for name, value in batch.items() if name not in (label, *MARKS)}
     features = apply(variables, given)
-    keep = batch['weight'] > 0 if 'weight' in batch else jnp.ones(len(batch[label]), bool)
-    keep &= ~batch['corrupt'] if 'corrupt' in batch else True
+    # A batch of training data has no weights.
+    keep = are_examples({'weight': jnp.ones(len(batch[label])), **batch})
     return {name: features[name].astype(jnp.float32) for name in names}, batch[label], keep
 
   return jax.jit(program, static_argnums=(2, 3), out_shardings=NamedSharding(mesh, PartitionSpec()))
+
+
+def are_examples(batch) -> Any:
+  """[B] bool: rows of an evaluation batch that are neither padding ('weight' 0) nor stand-ins of unreadable examples ('corrupt')."""
+  keep = batch['weight'] > 0
+  return keep & ~batch['corrupt'] if 'corrupt' in batch else keep
 
 
 def pool(encoded: Mapping[str, jax.Array]) -> dict[str, jax.Array]:

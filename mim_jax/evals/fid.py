@@ -12,6 +12,7 @@ what is left of a figure when samples are perfect is below it.
 """
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from mim_jax.errors import ConfigError, UserError
-from mim_jax.evals.features import Context, Encoder
+from mim_jax.evals.features import Context, Encoder, are_examples
 from mim_jax.log import panels, pictures
 
 DEFAULTS = {
@@ -108,7 +109,7 @@ def real_features(ctx: Context, cfg, program, weights, first):
   rows, count = [], 0
   for batch in first:
     ctx.check_stop()
-    keep = np.asarray(batch['weight']) > 0
+    keep = np.asarray(are_examples(batch))
     rows.append(np.asarray(program(weights, batch['image']))[keep])
     count += len(rows[-1])
     if count >= cfg.samples:
@@ -129,7 +130,7 @@ def run(encoder: Encoder, cfg, ctx: Context) -> dict[str, float]:
   first = next(iter(batches))
   real, sample = _programs(encoder.generate, cfg.extractor, cfg.transforms, first['image'].shape[-1], ctx.mesh)
   weights = extractor(cfg.extractor)[1]
-  known = real_features(ctx, cfg, real, weights, _chain(first, batches))
+  known = real_features(ctx, cfg, real, weights, itertools.chain((first,), batches))
 
   spread = NamedSharding(ctx.mesh, PartitionSpec(ctx.mesh.axis_names))
   rng, made, shown = np.random.default_rng(cfg.seed), [], []
@@ -147,8 +148,3 @@ def run(encoder: Encoder, cfg, ctx: Context) -> dict[str, float]:
     ctx.picture(f'samples_{encoder.name}', pictures.grid([cells[k : k + side] for k in range(0, len(cells), side)]))
   made = np.concatenate(made)[: cfg.samples]
   return {'distance': frechet(made, known), 'real': frechet(known[::2], known[1::2])}
-
-
-def _chain(first, rest):
-  yield first
-  yield from rest

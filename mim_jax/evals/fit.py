@@ -38,7 +38,9 @@ DEFAULTS = {
   'train_batch': 256,  # images per step
   'accumulate': 1,  # parts that a step's batch is computed in, one after another
   'epochs': 10,
+  'schedule': 'cosine',  # cosine | linear | constant
   'warmup_epochs': 1,
+  'warmup': '',  # the same as any duration, such as '10%'; '' = warmup_epochs
   'optimizer': 'adamw',  # adamw | sgd | lars
   'base_lr': 1e-3,  # per 256 images
   'min_lr': 0.0,  # at the end, as it is
@@ -50,6 +52,7 @@ DEFAULTS = {
   'nesterov': False,  # sgd
   'trust': 0.001,  # lars
   'clip': 0.0,  # largest global norm of the gradient; 0: no limit
+  'lr_mult': (),  # (regex, factor) pairs for rates of parameters by path, the head being 'task/...'
   'layer_decay': 1.0,  # rate of a layer of the encoder over that of the next one
   'drop_path': 0.0,  # stochastic depth of the last block
   'ema': 0.0,  # momentum of an average of the parameters that is judged in place of the last ones; 0: none
@@ -245,12 +248,12 @@ class Fit:
         no_wd=cfg.no_wd,
         clip=cfg.clip,
         layer_decay=1.0 if cfg.frozen else cfg.layer_decay,
-        lr_mult=cfg.get('lr_mult', ()),
+        lr_mult=cfg.lr_mult,
       ),
       config.section(
         'schedule',
-        name=cfg.get('schedule', 'cosine'),
-        warmup=cfg.get('warmup', f'{cfg.warmup_epochs} epochs'),
+        name=cfg.schedule,
+        warmup=cfg.warmup or f'{cfg.warmup_epochs} epochs',
         min_lr=cfg.min_lr,
       ),
       batch_size=cfg.train_batch,
@@ -290,8 +293,7 @@ class Fit:
       return train_step(state, frozen, {'corrupt': jnp.zeros(size, bool), **batch})
 
     def judge(params, state, frozen, batch):
-      keep = batch['weight'] > 0
-      keep &= ~batch['corrupt'] if 'corrupt' in batch else True
+      keep = features.are_examples(batch)
       batch = {name: value for name, value in batch.items() if name not in features.MARKS}
       prediction, _ = forward(params, state, frozen, batch, None, train=False)
       return task.measure(prediction, batch), keep

@@ -60,8 +60,7 @@ def run(encoder: features.Encoder, cfg, ctx: features.Context) -> dict[str, floa
   check(cfg, encoder.options)
   if cfg.epochs:
     settings = cfg.copy_and_resolve_references()
-    with settings.unlocked():
-      settings.lr_mult = ((cfg.fusion, cfg.fusion_mult),)
+    settings.lr_mult = (*cfg.lr_mult, (cfg.fusion, cfg.fusion_mult))
     judge = fit.trained(encoder, task_of(cfg), settings, ctx)[0].predict
   else:
     score = _zero_shot(encoder)
@@ -101,8 +100,7 @@ def _gallery(cfg, ctx) -> dict[str, np.ndarray]:
   for batch in batches:
     ctx.check_stop()
     whole = {name: features.gathered(value, ctx.mesh) for name, value in batch.items()}
-    keep = whole['weight'] > 0
-    keep &= ~whole['corrupt'] if 'corrupt' in whole else True
+    keep = features.are_examples(whole)
     rows.append({name: whole[name][keep] for name in cfg.fields})
     have += int(keep.sum())
     if have >= cfg.count:

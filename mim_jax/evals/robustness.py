@@ -47,10 +47,6 @@ DEFAULTS = {
 }
 
 
-def _uniform(key, shape):
-  return jax.random.uniform(key, shape)
-
-
 def _fgsm(f, x, y, eps, key, cfg):
   del key, cfg
   return attacks.fgsm(f, x, y, eps)
@@ -75,7 +71,7 @@ def _cw_l2(f, x, y, eps, key, cfg):
 
 
 def _apgd(f, x, y, eps, key, cfg, loss='ce'):
-  return attacks.apgd(f, x, y, _uniform(key, x.shape), eps, cfg.apgd_steps, loss)['adversarial']
+  return attacks.apgd(f, x, y, jax.random.uniform(key, x.shape), eps, cfg.apgd_steps, loss)['adversarial']
 
 
 def _targeted(f, x, y, cfg, attack):
@@ -88,7 +84,7 @@ def _targeted(f, x, y, cfg, attack):
 
 def _apgd_targeted(f, x, y, eps, key, cfg):
   def attack(target, i):
-    uniforms = _uniform(jax.random.fold_in(key, i), x.shape)
+    uniforms = jax.random.uniform(jax.random.fold_in(key, i), x.shape)
     return attacks.apgd(f, x, y, uniforms, eps, cfg.apgd_steps, 'dlr_targeted', target)['adversarial']
 
   return _targeted(f, x, y, cfg, attack)
@@ -103,7 +99,7 @@ def _fab(f, x, y, eps, key, cfg):
 def _square(f, x, y, eps, key, cfg):
   keys, (batch, _, width, channels) = jax.random.split(key, 3), x.shape
   stripes = jax.random.rademacher(keys[0], (batch, width, channels), jnp.float32)
-  places = _uniform(keys[1], (cfg.square_queries, batch, 2))
+  places = jax.random.uniform(keys[1], (cfg.square_queries, batch, 2))
   signs = jax.random.rademacher(keys[2], (cfg.square_queries, batch, channels), jnp.float32)
   return attacks.square(f, x, y, stripes, places, signs, eps)
 
@@ -208,8 +204,7 @@ def _probe(encoder, cfg, ctx):
 def _judge(logits_of, cfg, variables, batch, index):
   """(which rows are examples [B], {figure: [B]}) of a batch."""
   label = batch[cfg.label]
-  keep = batch['weight'] > 0 if 'weight' in batch else jnp.ones(len(label), bool)
-  keep &= ~batch['corrupt'] if 'corrupt' in batch else True
+  keep = features.are_examples(batch)
   x = pixels.renormalize(batch['image'].astype(jnp.float32), cfg.stats, 'none')
   in_range = jnp.all((x >= -1e-3) & (x <= 1 + 1e-3), axis=(1, 2, 3))
   x = jnp.where(keep[:, None, None, None], jnp.clip(x, 0, 1), 0)  # padding may hold anything

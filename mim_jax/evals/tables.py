@@ -151,7 +151,7 @@ def _order(cfg, ctx, columns) -> tuple[int, ...]:
   rows, labels = [], []
   for batch in ctx.open_batches(cfg.train, cfg.transforms, cfg.batch_size, (*cfg.fields, cfg.label)):
     ctx.check_stop()
-    keep = features.gathered(batch['weight'], ctx.mesh) > 0
+    keep = features.gathered(features.are_examples(batch), ctx.mesh)
     rows.append(features.gathered(batch[cfg.table], ctx.mesh)[keep])
     labels.append(features.gathered(batch[cfg.label], ctx.mesh)[keep])
   forest = ensemble.RandomForestClassifier(random_state=cfg.seed).fit(np.concatenate(rows), np.concatenate(labels))

@@ -80,7 +80,7 @@ class RegressorBlock(nn.Module):
     q, k, v = norm('norm1_q')(queries + pos_hidden), norm('norm1_k')(context + places), norm('norm1_v')(context)
     y = blocks.CrossAttention(self.heads, self.dtype, self.bias, name='attn')(q, k, values=v)
     x = norm('norm2')(queries + branch(y, 0))  # the normed tensor is what goes on, here and only here
-    hidden = int(x.shape[-1] * self.mlp_ratio + 1e-6)
+    hidden = blocks.hidden_width(x.shape[-1], self.mlp_ratio)
     return x + branch(blocks.Mlp(hidden, self.dtype, name='mlp')(x), 1), None
 
 
@@ -289,9 +289,7 @@ def make(cfg) -> Method:
 
   def encode(params, batch, state=None, layers=False, drop=None):
     del state
-    module, uniforms = vit.with_drop_path(encoder, drop)
-    tokens, seen = module.apply({'params': params['encoder']}, batch['image'], drop=uniforms, taps=True)
-    return {'tokens': tokens[:, 1:], 'cls': tokens[:, 0], **({'layers': seen['layers']} if layers else {})}
+    return vit.encode(encoder, params['encoder'], batch['image'], layers, drop)
 
   def panels(params, state, frozen, batch, draws):
     """Hidden patches in the colour of their token: the true one, the predicted, and what the true latent is read as."""

@@ -157,6 +157,7 @@ def modules(cfg):
   size = vit.size(cfg.size)
   depth, heads = (int(n) for n in cfg.decoder.split('/'))
   shared = dict(mlp_ratio=cfg.mlp_ratio, eps=cfg.ln_eps, dtype=cfg.dtype, scan=cfg.scan, remat=cfg.remat)
+  shared |= dict(std=cfg.init_std)
   grid = patches.grid_of(vit.sides(cfg.image_size, 2), patch)
   encoder = channel_vit.Encoder(
     **size,
@@ -166,11 +167,10 @@ def modules(cfg):
     memory=cfg.memory_tokens,
     layer_scale=cfg.layer_scale,
     copied_gradient=cfg.position_gradient == 'copied',
-    std=cfg.init_std,
     **shared,
   )
   decoder = channel_vit.Decoder(depth, heads, extra=1 + cfg.memory_tokens, out=math.prod(patch), **shared)
-  return encoder, decoder, channel_vit.Fusion(size['heads'], cfg.fusion), Classifier(cfg.classes)
+  return encoder, decoder, channel_vit.Fusion(size['heads'], cfg.fusion, cfg.init_std), Classifier(cfg.classes)
 
 
 def check(cfg):

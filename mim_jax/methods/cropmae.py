@@ -200,18 +200,14 @@ def make(cfg) -> Method:
   def encode(params, batch, state=None, layers=False, drop=None):
     del state
     module, variables = on_grid(encoder, params['encoder'], patches.grid_of(batch['image'].shape[1:-1], patch))
-    module, uniforms = vit.with_drop_path(module, drop)
-    tokens, seen = module.apply({'params': variables}, batch['image'], drop=uniforms, taps=True)
-    return {'tokens': tokens[:, 1:], 'cls': tokens[:, 0], **({'layers': seen['layers']} if layers else {})}
+    return vit.encode(module, variables, batch['image'], layers, drop)
 
   def panels(params, state, frozen, batch, draws):
     _, aux = loss(params, state, frozen, batch, {'noise': draws['noise']}, 0)  # pictures are drawn without dropout
     target = patches.patchify(batch['views'][:, 1], patch)
-    pred, hidden = aux['out']['pred'].astype(jnp.float32), aux['out']['mask'][..., None]
-    if norm_pix:
-      pred = targets.undo_norm_pix(pred, target)
-    tokens = {'masked': target * (1 - hidden), 'prediction': pred, 'pasted': jnp.where(hidden == 1, pred, target)}
-    shown = {name: patches.unpatchify(x, grid, patch) for name, x in tokens.items()}
+    pred = aux['out']['pred'].astype(jnp.float32)
+    pred = targets.undo_norm_pix(pred, target) if norm_pix else pred
+    shown = patches.pictures(target, pred, aux['out']['mask'], grid, patch)
     return {'seen whole': batch['views'][:, 0], 'to fill in': batch['views'][:, 1], **shown}
 
   return Method(fields={'views': views}, init=init, draw=draw, loss=loss, encode=encode, panels=panels)

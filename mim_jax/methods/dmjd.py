@@ -230,10 +230,7 @@ def make(cfg) -> Method:
     """Without fusion of the stages and the final norm, which was trained on the fused sum (models_convit.py)."""
     del state
     plain = encoder.clone(fusion=False, final_norm=False) if hybrid else encoder
-    module, uniforms = vit.with_drop_path(plain, drop)
-    tokens, seen = module.apply({'params': params['encoder']}, batch['image'], drop=uniforms, taps=True)
-    out = {'tokens': tokens[:, prefix:], **({'layers': seen['layers']} if layers else {})}
-    return out | {'cls': tokens[:, 0]} if prefix else out
+    return vit.encode(plain, params['encoder'], batch['image'], layers, drop)
 
   def panels(params, state, frozen, batch, draws):
     """Each view, and the HOG of the whole image as its two branches predict it together: strokes lie along edges."""

@@ -157,17 +157,14 @@ def make(cfg) -> Method:
 
   def encode(params, batch, state=None, layers=False, drop=None):
     del state
-    module, uniforms = vit.with_drop_path(encoder, drop)
-    tokens, seen = module.apply({'params': placed(params['encoder'])}, batch['image'], drop=uniforms, taps=True)
-    return {'tokens': tokens[:, 1:], 'cls': tokens[:, 0], **({'layers': seen['layers']} if layers else {})}
+    return vit.encode(encoder, placed(params['encoder']), batch['image'], layers, drop)
 
   def panels(params, state, frozen, batch, draws):
     del state, frozen
     out = forward(params, batch, draws)
-    cubes, hidden = out['cubes'], (out['restore_ids'] >= kept)[..., None]
+    cubes, hidden = out['cubes'], out['restore_ids'] >= kept
     pred = undo_norm(masking.take(out['pred'][:, 1:].astype(jnp.float32), out['restore_ids']), cubes)
-    tokens = {'masked': jnp.where(hidden, 0, cubes), 'prediction': pred, 'pasted': jnp.where(hidden, pred, cubes)}
-    columns = {'input': batch['image'], **{name: patches.unpatchify(x, grid, patch) for name, x in tokens.items()}}
+    columns = {'input': batch['image'], **patches.pictures(cubes, pred, hidden, grid, patch)}
     return {name: jnp.moveaxis(volume, 3, 1) for name, volume in columns.items()}  # slices across the last axis
 
   return Method(fields={'image': image}, init=init, draw=draw, loss=loss, encode=encode, panels=panels)

@@ -88,7 +88,9 @@ class Fusion(nn.Module):
   @nn.compact
   def __call__(self, words, tokens, mask, drop=None):
     layers = blocks.stack(Pair, self.depth, self.scan, self.remat, in_axes=(nn.broadcast, 0))
-    layer = layers(self.heads, int(self.width * self.mlp_ratio), self.eps, self.dtype, self.dropout, name='blocks')
+    layer = layers(
+      self.heads, blocks.hidden_width(self.width, self.mlp_ratio), self.eps, self.dtype, self.dropout, name='blocks'
+    )
     return layer((words, tokens), attention.mask_out(mask), text.per_layer(drop, self.depth))[0]
 
 
@@ -287,11 +289,9 @@ def make(cfg) -> Method:
   def panels(params, state, frozen, batch, draws):
     _, aux = loss(params, state, frozen, batch, draws, 0)
     target, mim = patches.patchify(batch['image'], patch), aux['out']['mim']
-    pred, hidden = mim['logits'].astype(jnp.float32), mim['mask'][..., None]
-    if norm_pix:
-      pred = targets.undo_norm_pix(pred, target)
-    shown = {'masked': target * (1 - hidden), 'prediction': pred, 'pasted': jnp.where(hidden == 1, pred, target)}
-    shown = {name: patches.unpatchify(x, grid, patch) for name, x in shown.items()}
+    pred = mim['logits'].astype(jnp.float32)
+    pred = targets.undo_norm_pix(pred, target) if norm_pix else pred
+    shown = patches.pictures(target, pred, mim['mask'], grid, patch)
     return {'input': batch['image'], **shown, 'false image': batch['false_image']}
 
   return Method(fields=fields, init=init, draw=draw, loss=loss, encode=encode, panels=panels)

@@ -6,12 +6,12 @@ pixels, so `norm_pix` is on by default; the paper's ablations and visualisations
 
 import math
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from mim_jax.method import Field, Method
-from mim_jax.models import blocks, posemb, vit
+from mim_jax.models import vit
+from mim_jax.models.decoder import Decoder
 from mim_jax.ops import losses, masking, patches, targets
 
 DEFAULTS = {
@@ -25,40 +25,6 @@ DEFAULTS = {
   'norm_pix': True,  # target: each patch minus its mean over its standard deviation
   'decoder': '512/8/16',  # width/depth/heads
 }
-
-
-class Decoder(nn.Module):
-  """Predicts every patch from the visible tokens and a shared token in the hidden places (paper section 3, "MAE decoder")."""
-
-  width: int
-  depth: int
-  heads: int
-  grid: tuple[int, ...]
-  out: int  # values per patch
-  mlp_ratio: float
-  eps: float
-  dtype: str
-  scan: bool
-  remat: str
-
-  @property
-  def table(self):
-    """Sin-cos table [1, 1 + N, width] float32 with a zero row for the class token."""
-    return posemb.sincos(self.grid, self.width, cls=True)[None]
-
-  @nn.compact
-  def __call__(self, z, keep_ids, restore_ids, taps=False):
-    """z [B, 1 + K, D] -> [B, N, out]; with `taps` also {'input': [B, 1 + N, width], 'layers': [L, B, 1 + N, width]}."""
-    table = jnp.asarray(self.table, self.dtype)
-    mask_token = self.param('mask_token', nn.initializers.normal(0.02), (1, 1, self.width))
-    y = blocks.Dense(self.width, self.dtype, name='embed')(z)
-    tokens = masking.place(y[:, 1:], mask_token, keep_ids, restore_ids) + table[:, 1:]
-    tokens = jnp.concatenate([y[:, :1] + table[:, :1], tokens], axis=1)
-    layer = blocks.stack(blocks.Block, self.depth, self.scan, self.remat)
-    y, layers = layer(self.heads, self.mlp_ratio, self.eps, self.dtype, taps, name='blocks')(tokens)
-    y = blocks.LayerNorm(self.eps, self.dtype, name='norm')(y)
-    pred = blocks.Dense(self.out, self.dtype, name='pred')(y)[:, 1:]
-    return (pred, {'input': tokens, 'layers': layers}) if taps else pred
 
 
 def modules(cfg):
@@ -106,17 +72,13 @@ def make(cfg) -> Method:
 
   def encode(params, batch, state=None, layers=False, drop=None):
     del state
-    module, uniforms = vit.with_drop_path(encoder, drop)
-    tokens, seen = module.apply({'params': params['encoder']}, batch['image'], drop=uniforms, taps=True)
-    return {'tokens': tokens[:, 1:], 'cls': tokens[:, 0], **({'layers': seen['layers']} if layers else {})}
+    return vit.encode(encoder, params['encoder'], batch['image'], layers, drop)
 
   def panels(params, state, frozen, batch, draws):
     _, aux = loss(params, state, frozen, batch, draws, 0)
     target = target_of(batch['image'])
-    pred, hidden = aux['out']['pred'].astype(jnp.float32), aux['out']['mask'][..., None]
-    if norm_pix:
-      pred = targets.undo_norm_pix(pred, target)
-    tokens = {'masked': target * (1 - hidden), 'prediction': pred, 'pasted': jnp.where(hidden == 1, pred, target)}
-    return {'input': batch['image'], **{name: patches.unpatchify(x, grid, patch) for name, x in tokens.items()}}
+    pred = aux['out']['pred'].astype(jnp.float32)
+    pred = targets.undo_norm_pix(pred, target) if norm_pix else pred
+    return {'input': batch['image'], **patches.pictures(target, pred, aux['out']['mask'], grid, patch)}
 
   return Method(fields={'image': image}, init=init, draw=draw, loss=loss, encode=encode, panels=panels)

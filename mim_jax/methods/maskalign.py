@@ -225,9 +225,7 @@ def make(cfg) -> Method:
 
   def encode(params, batch, state=None, layers=False, drop=None):
     del state
-    module, uniforms = vit.with_drop_path(student, drop)
-    tokens, seen = module.apply({'params': params['encoder']}, batch['image'], drop=uniforms, taps=True)
-    return {'tokens': tokens[:, 1:], 'cls': tokens[:, 0], **({'layers': seen['layers']} if layers else {})}
+    return vit.encode(student, params['encoder'], batch['image'], layers, drop)
 
   def panels(params, state, frozen, batch, draws):
     _, aux = loss(params, state, frozen, batch, draws, 0)

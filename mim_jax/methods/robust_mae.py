@@ -208,16 +208,15 @@ def make(cfg) -> Method:
 
     return jax.lax.cond((step >= classifier_steps) & (state['filled'] < bank), add, lambda state: state, state)
 
-  def encode(params, batch, state, layers=False, drop=None):
+  def encode(params, batch, state=None, layers=False, drop=None):
     """The defended network: also 'logits' [B, classes], and 'undefended' [B, classes], what f itself says."""
+    if not state:
+      raise ValueError('the prompts are chosen by prototypes of clusters: encode needs the state beside the params')
     image, cluster = batch['image'], net.select(params, state['prototypes'], batch['image'])
     seen = net.prompted(params, image, cluster)
-    module, uniforms = vit.with_drop_path(net.classifier.encoder, drop)
     normed = pixels.renormalize(seen, 'none', STATS)
-    tokens, inner = module.apply({'params': params['encoder']}, normed, drop=uniforms, taps=True)
-    out = {'tokens': tokens[:, 1:], 'cls': tokens[:, 0]}
-    out |= {'logits': net.classify(params, seen)[0], 'undefended': net.classify(params, image)[0]}
-    return out | ({'layers': inner['layers']} if layers else {})
+    out = vit.encode(net.classifier.encoder, params['encoder'], normed, layers, drop)
+    return out | {'logits': net.classify(params, seen)[0], 'undefended': net.classify(params, image)[0]}
 
   def panels(params, state, frozen, batch, draws):
     del frozen

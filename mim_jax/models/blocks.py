@@ -121,35 +121,18 @@ class SelfAttention(nn.Module):
 
 
 class SplitHeads(nn.Module):
-  """x [B, N, D] -> [B, N, H, d] by a kernel [D, H, d]: queries, keys or values by a matrix of their own."""
+  """x [B, N, D] -> [B, N, *shape] by a kernel [D, *shape]: (H, d) for queries, keys or values, (2, H, d) for two of them at once."""
 
-  heads: int
-  head_dim: int
+  shape: tuple[int, ...]
   dtype: str = 'float32'
   use_bias: bool = True
 
   @nn.compact
   def __call__(self, x):
-    width, shape = x.shape[-1], (self.heads, self.head_dim)
-    kernel = self.param('kernel', xavier_uniform(width, self.heads * self.head_dim), (width, *shape))
+    width = x.shape[-1]
+    kernel = self.param('kernel', xavier_uniform(width, math.prod(self.shape)), (width, *self.shape))
     y = matmul(x.astype(self.dtype), kernel.astype(self.dtype))
-    return y + self.param('bias', zeros, shape).astype(self.dtype) if self.use_bias else y
-
-
-class KeyValue(nn.Module):
-  """context [B, M, E] -> keys and values [B, M, 2, H, d] by one kernel [E, 2, H, d], which starts as [E, 2 H d]."""
-
-  heads: int
-  head_dim: int
-  dtype: str = 'float32'
-  use_bias: bool = True
-
-  @nn.compact
-  def __call__(self, context):
-    width, shape = context.shape[-1], (2, self.heads, self.head_dim)
-    kernel = self.param('kernel', xavier_uniform(width, 2 * self.heads * self.head_dim), (width, *shape))
-    y = matmul(context.astype(self.dtype), kernel.astype(self.dtype))
-    return y + self.param('bias', zeros, shape).astype(self.dtype) if self.use_bias else y
+    return y + self.param('bias', zeros, self.shape).astype(self.dtype) if self.use_bias else y
 
 
 class JointCrossAttention(nn.Module):
@@ -161,9 +144,9 @@ class JointCrossAttention(nn.Module):
 
   @nn.compact
   def __call__(self, x, context):
-    head_dim = x.shape[-1] // self.heads
-    q = SplitHeads(self.heads, head_dim, self.dtype, name='q')(x)
-    kv = KeyValue(self.heads, head_dim, self.dtype, self.kv_bias, name='kv')(context)
+    shape = (self.heads, x.shape[-1] // self.heads)
+    q = SplitHeads(shape, self.dtype, name='q')(x)
+    kv = SplitHeads((2, *shape), self.dtype, self.kv_bias, name='kv')(context)
     y = attention.attention(q, kv[:, :, 0], kv[:, :, 1])
     return MergeHeads(x.shape[-1], self.dtype, name='proj')(y)
 
@@ -187,8 +170,8 @@ class CrossAttention(nn.Module):
 
   @nn.compact
   def __call__(self, x, context, mask=None, values=None, drop=None):
-    head_dim = x.shape[-1] // self.heads
-    split = lambda letter, name: SplitHeads(self.heads, head_dim, self.dtype, letter in self.bias, name=name)
+    shape = (self.heads, x.shape[-1] // self.heads)
+    split = lambda letter, name: SplitHeads(shape, self.dtype, letter in self.bias, name=name)
     q, k = split('q', 'query')(x), split('k', 'key')(context)
     v = split('v', 'value')(context if values is None else values)
     y = MergeHeads(x.shape[-1], self.dtype, name='proj')(attention.attention(q, k, v, mask, drop))
@@ -229,6 +212,11 @@ class Mlp(nn.Module):
     features = 2 * self.hidden if self.activation == 'swiglu' else self.hidden
     y = ACTIVATIONS[self.activation](Dense(features, self.dtype, name='fc1')(x))
     return Dense(x.shape[-1], self.dtype, name='fc2')(y)
+
+
+def hidden_width(width: int, ratio: float) -> int:
+  """Width inside an MLP; a ratio such as 4096 / 1536 falls short of the whole number in floating point."""
+  return int(width * ratio + 1e-6)
 
 
 class LayerScale(nn.Module):
@@ -290,7 +278,7 @@ class Block(nn.Module):
         y = LayerScale(self.layer_scale, self.dtype, name=f'layer_scale{i + 1}')(y)
       return y if drop is None else drop_path(y, drop[0][:, i], drop[1])
 
-    hidden = int(x.shape[-1] * self.mlp_ratio + 1e-6)  # a ratio such as 4096 / 1536 falls short of the whole number
+    hidden = hidden_width(x.shape[-1], self.mlp_ratio)
     y = LayerNorm(self.eps, self.dtype, name='norm1')(x)
     y = SelfAttention(self.heads, self.dtype, self.qkv_bias, self.show, name='attn')(y, mask)
     y, weights = y if self.show else (y, None)
@@ -302,30 +290,25 @@ class Block(nn.Module):
 
 
 class CrossBlock(nn.Module):
-  """Pre-norm block of a decoder that looks at an encoder: (x [B, N, D], context [B, M, E]) -> (x, x if taps else None).
+  """Pre-norm block of a decoder that looks at an encoder: (x [B, N, D], context [B, M, E]) -> (x, None), for a scan.
 
-  Branches in order: self-attention (`self_attn`), cross-attention, MLP. The context is taken as it is, without a norm.
-  In a `stack` it has depth as its leading axis: block i reads context[i].
+  Branches in order: self-attention, cross-attention, MLP. The context is taken as it is, without a norm. In a `stack` it has depth as its
+  leading axis: block i reads context[i].
   """
 
   heads: int
   mlp_ratio: float = 4
   eps: float = 1e-6
   dtype: str = 'float32'
-  taps: bool = False
-  self_attn: bool = True
 
   @nn.compact
   def __call__(self, x, context):
-    hidden = int(x.shape[-1] * self.mlp_ratio + 1e-6)
-    if self.self_attn:
-      y = LayerNorm(self.eps, self.dtype, name='norm0')(x)
-      x = x + SelfAttention(self.heads, self.dtype, name='self_attn')(y)
+    y = LayerNorm(self.eps, self.dtype, name='norm0')(x)
+    x = x + SelfAttention(self.heads, self.dtype, name='self_attn')(y)
     y = LayerNorm(self.eps, self.dtype, name='norm1')(x)
     x = x + JointCrossAttention(self.heads, self.dtype, name='cross_attn')(y, context)
     y = LayerNorm(self.eps, self.dtype, name='norm2')(x)
-    x = x + Mlp(hidden, self.dtype, name='mlp')(y)
-    return x, x if self.taps else None
+    return x + Mlp(hidden_width(x.shape[-1], self.mlp_ratio), self.dtype, name='mlp')(y), None
 
 
 REMAT = {

@@ -100,6 +100,7 @@ class Fusion(nn.Module):
 
   heads: int
   kind: str  # sigmoid | add | cls (the class token alone)
+  std: float  # of the query at the start
 
   @nn.compact
   def __call__(self, cls, tokens, weight):
@@ -107,7 +108,7 @@ class Fusion(nn.Module):
       return cls.astype(jnp.float32)
     width = cls.shape[-1]
     split = lambda name: lambda x: blocks.Dense(width, name=name)(x).reshape(*x.shape[:-1], self.heads, -1)
-    query = self.param('query', nn.initializers.normal(0.02), (1, width))
+    query = self.param('query', nn.initializers.normal(self.std), (1, width))
     tokens = tokens.astype(jnp.float32)
     q, k, v = split('q')(query)[0], split('k')(tokens), split('v')(tokens)  # [h, d], [B, N, h, d] twice
     logits = jnp.einsum('id,bnjd->binj', q, k) / math.sqrt(width)
@@ -131,6 +132,7 @@ class Decoder(nn.Module):
   dtype: str
   scan: bool
   remat: str
+  std: float  # of the mask token at the start
 
   @nn.compact
   def __call__(self, x, shown, stand_in, rows, pos, valid=None):
@@ -141,7 +143,7 @@ class Decoder(nn.Module):
     """
     width, extra = x.shape[-1], self.extra
     z = blocks.Dense(width, self.dtype, name='embed')(x)
-    mask_token = self.param('mask_token', nn.initializers.normal(0.02), (1, 1, width))
+    mask_token = self.param('mask_token', nn.initializers.normal(self.std), (1, 1, width))
     fill = mask_token.astype(self.dtype)
     if stand_in is not None:
       fill = jnp.where(stand_in[..., None], z[:, extra : extra + 1], fill)

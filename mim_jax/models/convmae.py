@@ -168,7 +168,7 @@ class ConvBlock(nn.Module):
     y = Depthwise(dtype=self.dtype, name='depthwise')(y)
     x = x + branch(Conv(width, self.dtype, name='conv2')(y), 0)
     y = blocks.LayerNorm(self.eps, self.dtype, name='norm2')(x)
-    return x + branch(ConvMlp(int(width * self.mlp_ratio + 1e-6), self.dtype, name='mlp')(y), 1), None
+    return x + branch(ConvMlp(blocks.hidden_width(width, self.mlp_ratio), self.dtype, name='mlp')(y), 1), None
 
 
 class ConvMAE(nn.Module):

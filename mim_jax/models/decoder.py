@@ -32,16 +32,25 @@ class Decoder(nn.Module):
   remat: str = 'none'
   activation: str = 'gelu'
 
+  @property
+  def table(self):
+    """Sin-cos table [1, cls + N, width] float32 with a zero row for the class token."""
+    return posemb.sincos(self.grid, self.width, cls=self.cls)[None]
+
   @nn.compact
-  def __call__(self, z, keep_ids, restore_ids):
-    """z [B, cls + K, D], keep_ids [B, K], restore_ids [B, N] -> [B, N, out]."""
-    table = jnp.asarray(posemb.sincos(self.grid, self.width)[None], self.dtype)
+  def __call__(self, z, keep_ids, restore_ids, taps=False):
+    """z [B, cls + K, D], keep_ids [B, K], restore_ids [B, N] -> [B, N, out].
+
+    With `taps` also {'input': [B, cls + N, width], 'layers': [L, B, cls + N, width]}.
+    """
     mask_token = self.param('mask_token', nn.initializers.normal(0.02), (1, 1, self.width))
     y = blocks.Dense(self.width, self.dtype, name='embed')(z)
     first, y = y[:, : int(self.cls)], y[:, int(self.cls) :]
-    y = masking.place(y, mask_token, keep_ids, restore_ids) + table
-    y = jnp.concatenate([first, y], axis=1)
+    y = masking.place(y, mask_token, keep_ids, restore_ids)
+    tokens = jnp.concatenate([first, y], axis=1) + jnp.asarray(self.table, self.dtype)
     layer = blocks.stack(blocks.Block, self.depth, self.scan, self.remat)
-    y, _ = layer(self.heads, self.mlp_ratio, self.eps, self.dtype, activation=self.activation, name='blocks')(y)
+    layer = layer(self.heads, self.mlp_ratio, self.eps, self.dtype, taps, activation=self.activation, name='blocks')
+    y, layers = layer(tokens)
     y = blocks.LayerNorm(self.eps, self.dtype, name='norm')(y)
-    return blocks.Dense(self.out, self.dtype, name='pred')(y)[:, int(self.cls) :]
+    pred = blocks.Dense(self.out, self.dtype, name='pred')(y)[:, int(self.cls) :]
+    return (pred, {'input': tokens, 'layers': layers}) if taps else pred

@@ -78,7 +78,7 @@ class ModulatedBlock(nn.Module):
     y = blocks.CrossAttention(self.heads, self.dtype, name='attn')(y, y)
     x = x + gate1[:, None] * y
     y = modulate(blocks.LayerNorm(self.eps, self.dtype, name='norm2')(x), shift2, scale2)
-    hidden = int(x.shape[-1] * self.mlp_ratio + 1e-6)
+    hidden = blocks.hidden_width(x.shape[-1], self.mlp_ratio)
     return x + gate2[:, None] * blocks.Mlp(hidden, self.dtype, 'gelu_tanh', name='mlp')(y), None
 
 
@@ -96,7 +96,7 @@ class TokenBlock(nn.Module):
     y = blocks.LayerNorm(self.eps, self.dtype, name='norm1')(x)
     x = x + blocks.CrossAttention(self.heads, self.dtype, name='attn')(y, y)
     y = blocks.LayerNorm(self.eps, self.dtype, name='norm2')(x)
-    hidden = int(x.shape[-1] * self.mlp_ratio + 1e-6)
+    hidden = blocks.hidden_width(x.shape[-1], self.mlp_ratio)
     return (x + blocks.Mlp(hidden, self.dtype, 'gelu_tanh', name='mlp')(y))[:, 1:], None
 
 

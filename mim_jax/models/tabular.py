@@ -40,7 +40,7 @@ class Block(nn.Module):
     if context is not None:
       cross = blocks.JointCrossAttention(self.heads, self.dtype, self.qkv_bias, name='cross_attn')
       x = x + cross(norm('cross_norm'), context)
-    hidden = int(x.shape[-1] * self.mlp_ratio + 1e-6)
+    hidden = blocks.hidden_width(x.shape[-1], self.mlp_ratio)
     x = x + blocks.Mlp(hidden, self.dtype, name='mlp')(norm('norm2'))
     return x, None
 

@@ -41,7 +41,9 @@ def encoder(kind: str, size: str, vocab: int, positions: int, mlp_ratio: float =
     raise ConfigError(f'text encoder {kind!r} is unknown; {nearest(kind, KINDS)}')
   shape = vit.size(size)
   chosen = {**KINDS[kind], **options}
-  return Encoder(vocab=vocab, positions=positions, hidden=int(shape['width'] * mlp_ratio + 1e-6), **shape, **chosen)
+  return Encoder(
+    vocab=vocab, positions=positions, hidden=blocks.hidden_width(shape['width'], mlp_ratio), **shape, **chosen
+  )
 
 
 def places(keys, rate: float):
@@ -178,13 +180,12 @@ class Encoder(nn.Module):
   remat: str = 'none'
 
   @nn.compact
-  def __call__(self, ids, mask, types=None, drop=None, condition=None, taps=False):
+  def __call__(self, ids, mask, types=None, drop=None, taps=False):
     """ids [B, L] int, mask [B, L] (1 = real token) -> features [B, L, D].
 
     Args:
       types: segment of every token, all 0 when None.
       drop: keys [B] for dropout, or None for none of it.
-      condition: [B, D] added to every embedded token, padding too, before the first layer.
       taps: also return {'input': [B, L, D], what the first layer receives, 'layers': [N, B, L, D], 'attention': [N, B,
         H, L, L]}.
 
@@ -197,8 +198,6 @@ class Encoder(nn.Module):
     tables = (self.vocab, self.width, self.positions, self.types, self.eps, self.pad, self.count_real)
     x = Embeddings(*tables, self.dtype, name='embed')(ids, types)
     x = places(drop, self.dropout)(self.depth)(x)  # the layers have the numbers 0 to depth - 1
-    if condition is not None:
-      x = x + condition[:, None].astype(x.dtype)
     layers = blocks.stack(Layer, self.depth, self.scan, self.remat, in_axes=(nn.broadcast, 0))
     layer = layers(self.heads, self.hidden, self.eps, self.dtype, self.dropout, taps=taps, name='blocks')
     y, seen = layer(x, attention.mask_out(mask), per_layer(drop, self.depth))

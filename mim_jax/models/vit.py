@@ -55,6 +55,15 @@ def with_drop_path(encoder, drop):
   return encoder.clone(drop_path=rate), uniforms
 
 
+def encode(encoder, params, image, layers=False, drop=None):
+  """What `Method.encode` gives, by a `ViT` or any encoder that is called alike and says its `prefix`; a class token comes first."""
+  module, uniforms = with_drop_path(encoder, drop)
+  out = module.apply({'params': params}, image, drop=uniforms, taps=layers)
+  tokens, seen = out if layers else (out, {})
+  encoded = {'tokens': tokens[:, module.prefix :]} | ({'layers': seen['layers']} if layers else {})
+  return encoded | ({'cls': tokens[:, 0]} if module.prefix else {})
+
+
 def drop_rates(drop, depth: int, last: float):
   """Uniforms [B, depth, 2] or None -> what a stack of blocks takes as `drop`: (uniforms [depth, B, 2], rates from 0 to `last` [depth])."""
   if drop is None:

@@ -152,10 +152,7 @@ def replay(case) -> dict[str, np.ndarray]:
   table = pretraining(cfg)
   # Without LayerScale the official regressor keeps its scales, as ones that are not trained.
   dull = lambda name: not cfg.decoder_layer_scale and name.endswith(('gamma_1_cross', 'gamma_2_cross'))
-  params, unknown = load({name: value for name, value in case.weights.items() if not dull(name)}, cfg)
-  if unknown:
-    raise ValueError(f'weights without a place in our tree: {unknown}')
-  params = jax.tree.map(jnp.asarray, params)
+  params = names.complete(*load({name: value for name, value in case.weights.items() if not dull(name)}, cfg))
   batch = {
     'image': names.channels_last(case.inputs['imgs']),
     'token_ids': jnp.asarray(case.inputs['token_ids'], jnp.int32),

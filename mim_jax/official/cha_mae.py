@@ -108,10 +108,8 @@ def replay(case) -> dict[str, np.ndarray]:
 def _opened(case, cfg):
   """(params, names that they have in the case)."""
   table = pretraining(cfg)
-  params, unknown = names.load(case.weights, table)
-  if unknown:
-    raise ValueError(f'weights without a place in our tree: {unknown}')
-  return jax.tree.map(jnp.asarray, params), table
+  params = names.complete(*names.load(case.weights, table))
+  return params, table
 
 
 def _batch(inputs):

@@ -69,10 +69,7 @@ def replay(case) -> dict[str, np.ndarray]:
   cfg = config_of(case)
   weights = {name: value for name, value in case.weights.items() if name not in TABLES}
   table = [entry for entry in pretraining(cfg) if entry.theirs not in TABLES]
-  params, unknown = names.load(weights, table)
-  if unknown:
-    raise ValueError(f'weights without a place in our tree: {unknown}')
-  params = jax.tree.map(jnp.asarray, params)
+  params = names.complete(*names.load(weights, table))
   built = method.build(cfg)
   batch = {'views': names.channels_last(case.inputs['imgs'])}
   draws = {'noise': jnp.asarray(case.inputs['noise'])}

@@ -106,10 +106,7 @@ def replay(case) -> dict[str, np.ndarray]:
   cfg = config_of(case)
   weights = {name: value for name, value in case.weights.items() if name not in TABLES}
   table = pretraining(cfg)
-  params, unknown = names.load(weights, table)
-  if unknown:
-    raise ValueError(f'weights without a place in our tree: {unknown}')
-  params = jax.tree.map(jnp.asarray, params)
+  params = names.complete(*names.load(weights, table))
   batch = {'image': names.channels_last(case.inputs['imgs']), 'image_u8': jnp.asarray(case.inputs['target_u8'])}
   whole = lambda order: jnp.broadcast_to(jnp.asarray(order), (len(batch['image']), len(order)))
   draws = {

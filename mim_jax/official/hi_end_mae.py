@@ -132,12 +132,6 @@ def _sides(value):
   return tuple(value) if isinstance(value, list) else value
 
 
-def _complete(params, unknown):
-  if unknown:
-    raise ValueError(f'weights without a place in our tree: {unknown}')
-  return jax.tree.map(jnp.asarray, params)
-
-
 def _volumes(array):
   """[B, C, H, W, D] -> [B, H, W, D, C]."""
   return jnp.moveaxis(jnp.asarray(array), 1, -1)
@@ -146,7 +140,7 @@ def _volumes(array):
 def _replay_pretraining(case):
   cfg = config_of(case)
   table = pretraining(cfg)
-  params = _complete(*load(case.weights, cfg))
+  params = names.complete(*load(case.weights, cfg))
   built = method.build(cfg)
   encoder, decoder = hi_end_mae.modules(cfg)
   batch, draws = {'image': _volumes(case.inputs['imgs'])}, {'noise': jnp.asarray(case.inputs['noise'])}
@@ -194,7 +188,7 @@ def _replay_finetuning(case):
   )
   model = unetr.Unetr(encoder, c.num_classes, features=c.feature_size)
   table = finetuning(c.num_heads)
-  params = _complete(*names.load(case.weights, table))
+  params = names.complete(*names.load(case.weights, table))
   images, labels = _volumes(case.inputs['imgs']), jnp.asarray(case.inputs['labels'])[:, 0]
 
   def loss_of(params):

@@ -141,10 +141,7 @@ def published_parts(cfg, clip='', text='') -> dict:
 def replay(case) -> dict[str, np.ndarray]:
   """Outputs and gradients of a reference case under its own names."""
   cfg = config_of(case)
-  params, unknown = load(case.weights, cfg)
-  if unknown:
-    raise ValueError(f'weights without a place in our tree: {unknown}')
-  params = jax.tree.map(jnp.asarray, params)
+  params = names.complete(*load(case.weights, cfg))
   built, nets, given = method.build(cfg), m3ae.modules(cfg), case.inputs
   batch = {
     'image': names.channels_last(given['image']),

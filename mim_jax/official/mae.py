@@ -105,10 +105,7 @@ def _replay_pretraining(case):
   cfg = config_of(case)
   weights = {name: value for name, value in case.weights.items() if name not in TABLES}
   table = [entry for entry in pretraining(cfg) if entry.theirs not in TABLES]
-  params, unknown = names.load(weights, table)
-  if unknown:
-    raise ValueError(f'weights without a place in our tree: {unknown}')
-  params = jax.tree.map(jnp.asarray, params)
+  params = names.complete(*names.load(weights, table))
   built = method.build(cfg)
   encoder, decoder = mae.modules(cfg)
   batch = {'image': names.channels_last(case.inputs['imgs'])}
@@ -187,9 +184,7 @@ def _replay_downstream(case):
   patch = vit.sides(c.patch_size, 2)
   grid = patches.grid_of(vit.sides(c.img_size, 2), patch)
   table = downstream(patch, c.num_heads)
-  params, unknown = names.load(case.weights, table)
-  if unknown:
-    raise ValueError(f'weights without a place in our tree: {unknown}')
+  params = names.complete(*names.load(case.weights, table))
   images, labels = names.channels_last(case.inputs['imgs']), jnp.asarray(case.inputs['labels'])
 
   size = len(labels)

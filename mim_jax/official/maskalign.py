@@ -81,10 +81,7 @@ def _replay_pretraining(case):
   cfg = config_of(case)
   weights = {name: value for name, value in case.weights.items() if name not in mae.TABLES}
   table = pretraining(cfg)
-  params, unknown = names.load(weights, table)
-  if unknown:
-    raise ValueError(f'weights without a place in our tree: {unknown}')
-  params = jax.tree.map(jnp.asarray, params)
+  params = names.complete(*names.load(weights, table))
   image = names.channels_last(case.inputs['imgs'])
   hidden = [case.inputs[f'teacher_hidden_{i + 1}'] for i in range(case.config.teacher_depth)]
   batch = {
@@ -165,10 +162,8 @@ def _replay_clip(case):
   bundle, unknown, _ = layout.load(
     files.Weights(case.name, 'safetensors', stored), huggingface.CLIP, 'vision_model.', hints
   )
-  if unknown:
-    raise ValueError(f'weights without a place in our tree: {unknown}')
   teacher = teachers.Teacher(bundle.module, bundle.stats)
-  frozen = {'encoder': jax.tree.map(jnp.asarray, bundle.params['encoder'])}
+  frozen = {'encoder': names.complete(bundle.params['encoder'], unknown)}
   image = names.channels_last(case.inputs['imgs'])
   out = teacher(frozen, image)
   image = pixels.renormalize(image, 'imagenet', teacher.stats)

@@ -144,6 +144,13 @@ def cross_block(theirs: str, ours: str, heads: int) -> list[Entry]:
   ]
 
 
+def complete(params: dict, unknown: Sequence[str]) -> dict:
+  """What `load` gives, as device arrays; raises ValueError where it left out a weight: a replay must use all of them."""
+  if unknown:
+    raise ValueError(f'weights without a place in our tree: {unknown}')
+  return jax.tree.map(jnp.asarray, params)
+
+
 def load(weights: Mapping[str, np.ndarray], table: Sequence[Entry]) -> tuple[dict, list[str]]:
   """Their flat names -> (our nested tree, their names that the table does not know).
 

@@ -82,10 +82,8 @@ def _network(case, transform: str):
   """(config, params, network) of a case, with the prompts of `transform`."""
   cfg = config_of(case, transform)
   weights = {name.removeprefix('vit.'): value for name, value in case.weights.items()}
-  params, unknown = names.load({**weights, 'prompt': case.inputs[f'prompt_{transform}']}, downstream(cfg))
-  if unknown:
-    raise ValueError(f'weights without a place in our tree: {unknown}')
-  return cfg, jax.tree.map(jnp.asarray, params), robust_mae.defence(cfg)
+  params = names.complete(*names.load({**weights, 'prompt': case.inputs[f'prompt_{transform}']}, downstream(cfg)))
+  return cfg, params, robust_mae.defence(cfg)
 
 
 def _first(images):

@@ -113,10 +113,7 @@ def config_of(case):
 def replay(case) -> dict[str, np.ndarray]:
   """Outputs and gradients of a reference case under its own names."""
   cfg, given = config_of(case), {name: jnp.asarray(value) for name, value in case.inputs.items()}
-  params, unknown = load(case.weights, cfg)
-  if unknown:
-    raise ValueError(f'weights without a place in our tree: {unknown}')
-  params = jax.tree.map(jnp.asarray, params)
+  params = names.complete(*load(case.weights, cfg))
   built, net = method.build(cfg), umd.network(cfg)
   batch, draws = step_of(cfg, given)
   run = jax.jit(jax.value_and_grad(built.loss, has_aux=True))

@@ -2,6 +2,8 @@
 
 import math
 
+import jax.numpy as jnp
+
 
 def patchify(x, patch):
   """Cuts x [B, *spatial, C] into non-overlapping patches -> [B, N, prod(patch) * C].
@@ -27,6 +29,20 @@ def unpatchify(tokens, grid, patch):
   order = [0, *[axis for i in range(rank) for axis in (1 + i, 1 + rank + i)], 2 * rank + 1]
   spatial = [g * p for g, p in zip(grid, patch, strict=True)]
   return tokens.reshape(batch, *grid, *patch, channels).transpose(order).reshape(batch, *spatial, channels)
+
+
+def pictures(target, pred, hidden, grid, patch) -> dict:
+  """What most methods show: {'masked', 'prediction', 'pasted': [B, *spatial, C]} of tokens target and pred [B, N, P].
+
+  hidden [B, N] is 1 where a patch was hidden; pasted has predictions there and the target elsewhere.
+  """
+  hidden, pred = hidden[..., None] == 1, pred.astype(jnp.float32)
+  tokens = {
+    'masked': jnp.where(hidden, 0, target),
+    'prediction': pred,
+    'pasted': jnp.where(hidden, pred, target),
+  }
+  return {name: unpatchify(x, grid, patch) for name, x in tokens.items()}
 
 
 def grid_of(spatial, patch):

@@ -409,10 +409,10 @@ def train(seed, align_weight):
 
 @pytest.mark.slow
 @pytest.mark.parametrize('seed', [0, 1, 2])
-def test_the_decoder_reads_the_encoders_own_latents_only_with_alignment(seed):
+def test_the_decoder_reads_the_encoders_own_latents_only_with_alignment(seed, record):
   """The paper's claim: predictions lie where the encoder's own output lies, so the decoder understands that too."""
   aligned, free = train(seed, 2.0), train(seed, 0.0)
-  print(aligned, free)
+  record(**aligned, **{f'{name}, without alignment': value for name, value in free.items()})
   assert aligned['majority'] < 0.2
   assert aligned['predicted'] > 0.5 and free['predicted'] > 0.5
   assert aligned['own'] > 0.4 > 0.2 > free['own']

@@ -284,7 +284,7 @@ def test_wrong_options_are_told(options, message):
 def fields(key, count):
   """Images [count, 24, 24, 6] whose channels are fixed mixtures, some of them shifted, of two smooth random fields."""
   keys = jax.random.split(key, 2)
-  coarse = jax.random.normal(keys[0], (count, 6, 6, 2))
+  coarse = jax.random.normal(keys[0], (count, 3, 3, 2))
   smooth = jax.image.resize(coarse, (count, 24, 24, 2), 'cubic')
   mixture = jnp.array([[1, 0], [0, 1], [0.7, 0.7], [0.7, -0.7], [1, 0.3], [-0.3, 1]]).T
   image = smooth @ mixture
@@ -294,17 +294,19 @@ def fields(key, count):
 
 @pytest.mark.slow
 @pytest.mark.parametrize('seed', [0, 1, 2])
-def test_hiding_channels_teaches_to_look_across_them(seed):
-  """Error of one hidden channel, in units of its target's variance: with hidden channels in training far below 1,
-  with patches alone not.
+def test_hiding_channels_teaches_to_look_across_them(seed, record):
+  """Error of one hidden channel, in units of its target's variance: far below 1, and below that after training on hidden
+  patches alone (which also learns across channels, since others stay visible at the same place).
   """
   options = dict(size='64/2/4', decoder='1/4', patch=8, image_size=24, channels=6, channel_types=6, memory_tokens=2)
-  options |= dict(same_channels=True, proxy_weight=0.0, mask_ratio=0.5, token_weight=0.0, channel_weight=0.0)
+  options |= dict(
+    init_std=0.1, same_channels=True, proxy_weight=0.0, mask_ratio=0.25, token_weight=0.0, channel_weight=0.0
+  )
 
   def trained(p_patch):
     built = method.build(method.options('cha_mae', **options, p_patch=p_patch, p_channel=0.0))
     params = built.init(jax.random.key(seed), {'image': jnp.zeros((1, 24, 24, 6))})
-    schedule = optax.warmup_cosine_decay_schedule(0.0, 2e-3, 50, 700)
+    schedule = optax.warmup_cosine_decay_schedule(0.0, 2e-3, 50, 2000)
     tx = optax.adamw(schedule, b1=0.9, b2=0.999, weight_decay=5e-5)
 
     @jax.jit
@@ -316,7 +318,7 @@ def test_hiding_channels_teaches_to_look_across_them(seed):
       updates, opt = tx.update(grads, opt, params)
       return (optax.apply_updates(params, updates), opt), None
 
-    (params, _), _ = jax.lax.scan(step, (params, tx.init(params)), jnp.arange(700))
+    (params, _), _ = jax.lax.scan(step, (params, tx.init(params)), jnp.arange(2000))
     judge = method.build(method.options('cha_mae', **options, p_patch=0.0, p_channel=1.0))
     batch = {'image': fields(jax.random.key(999), 128)}
     draws = judge.draw(jax.random.key(998), batch)
@@ -330,7 +332,7 @@ def test_hiding_channels_teaches_to_look_across_them(seed):
     return np.mean(errors)
 
   across, alone = trained(0.0), trained(1.0)
-  print(f'seed {seed}: error of a hidden channel {across:.3f}; trained with hidden patches alone {alone:.3f}')
+  record(across=across, patches_alone=alone)
   assert across < 0.6 and across < 0.7 * alone
 
 

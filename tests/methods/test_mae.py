@@ -192,7 +192,7 @@ def ramps(key, count):
 
 @pytest.mark.slow
 @pytest.mark.parametrize('seed', [0, 1, 2])
-def test_learns_ramps_from_four_patches(seed):
+def test_learns_ramps_from_four_patches(seed, record):
   """Held-out loss far below predicting the visible mean, and the latent belongs to its image (baseline 0.27; swapped latents 1.0)."""
   cfg = method.options('mae', size='48/2/4', decoder='48/1/4', patch=8, image_size=32, mlp_ratio=2.0, norm_pix=False)
   built = method.build(cfg)
@@ -228,6 +228,7 @@ def test_learns_ramps_from_four_patches(seed):
     )
     / mask.sum()
   )
+  record(end=end, visible_mean=baseline, swapped=wrong)
   assert 0.2 < baseline < 0.35
   assert end < 0.1 and end < baseline / 2
   assert wrong > 5 * end

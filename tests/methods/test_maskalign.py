@@ -273,7 +273,7 @@ def ramps(key, count):
 
 @pytest.mark.slow
 @pytest.mark.parametrize('seed', [0, 1, 2])
-def test_infers_the_whole_from_a_quarter(seed):
+def test_infers_the_whole_from_a_quarter(seed, record):
   """Every target depends on the coefficients of the whole image; the student sees 4 patches of 16.
 
   Baseline: predicting the mean target of every level and place, 0.86; features of another image, 1.3.
@@ -316,6 +316,6 @@ def test_infers_the_whole_from_a_quarter(seed):
   ids = jnp.concatenate([jnp.zeros((256, 1), int), 1 + aux['out']['keep_ids']], axis=1)
   baseline = jnp.mean(maskalign.distance(jnp.moveaxis(mean[:, ids], 1, 0), target, 'smoothl1'))
   wrong = jnp.mean(maskalign.distance(jnp.roll(aux['out']['pred'], 1, axis=0), target, 'smoothl1'))
-  print(f'seed {seed}: {before:.3f} -> {end:.3f}, mean target {baseline:.3f}, another image {wrong:.3f}')
+  record(before=before, end=end, mean_target=baseline, another_image=wrong)
   assert end < 0.5 and end < 0.6 * baseline and wrong > 2 * end
   assert jnp.abs(params['mix'] - start).max() > 0.05

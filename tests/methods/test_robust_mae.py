@@ -271,7 +271,7 @@ def trained(seed):
 
 @pytest.mark.slow
 @pytest.mark.parametrize('seed', [0, 1, 2])
-def test_prompts_help_against_an_attack_that_knows_them(seed):
+def test_prompts_help_against_an_attack_that_knows_them(seed, record):
   """Accuracy under PGD-20 through selection and prompt, against that of the bare network under its own."""
   net, params, prototypes = trained(seed)
   batch = scenes(jax.random.key(999), 512)
@@ -293,6 +293,6 @@ def test_prompts_help_against_an_attack_that_knows_them(seed):
     }
 
   figures = {name: float(value) for name, value in judge(params).items()}
-  print(f'seed {seed}: ' + ', '.join(f'{name} {value:.3f}' for name, value in figures.items()))
+  record(**figures)
   assert figures['clean, bare'] > 0.7 and figures['clean, defended'] > figures['clean, bare'] - 0.02
   assert figures['attacked, defended'] > figures['attacked, bare']

@@ -328,7 +328,7 @@ def figures(key, count):
 
 @pytest.mark.slow
 @pytest.mark.parametrize('seed', [0, 1, 2])
-def test_learns_to_tell_figures_apart_and_to_denoise(seed):
+def test_learns_to_tell_figures_apart_and_to_denoise(seed, record):
   """Ridge probe, 100 examples a class, against the untrained network; error of noise against predicting none (1)."""
   cfg, built = build(size='96/4/4', decoder_depth=1, image_size=32, timesteps=1000)
   params = jax.jit(lambda key: built.init(key, built.abstract_batch(1)))(jax.random.key(seed))
@@ -366,6 +366,6 @@ def test_learns_to_tell_figures_apart_and_to_denoise(seed):
   noise = float(run(built, trained, batch, draws)[1]['metrics']['loss/noise'])
   random = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(jax.random.key(x.size), x.shape), params)
   figures_of = {'trained': accuracy(trained), 'untrained': accuracy(params), 'random gates': accuracy(random)}
-  print(seed, figures_of, noise)
+  record(**figures_of, noise=noise)
   assert figures_of['trained'] > max(figures_of['untrained'], figures_of['random gates']) + 0.1
   assert noise < 0.5

@@ -78,15 +78,6 @@ def test_scanned_equals_unrolled_and_remat():
     np.testing.assert_allclose(make(**options)[0].apply(params, ids, mask), value, atol=1e-6)
 
 
-def test_condition_is_added_to_every_embedded_word():
-  encoder, params, ids, mask = make()
-  shift = jnp.arange(32.0) / 10
-  given = encoder.apply(params, ids, mask, condition=jnp.tile(shift, (2, 1)))
-  moved = jax.tree.map(lambda x: x, params)
-  moved['params']['embed']['norm']['bias'] += shift
-  np.testing.assert_allclose(given, encoder.apply(moved, ids, mask), atol=1e-5)
-
-
 def test_context_of_a_cross_layer_is_masked_by_its_own_mask():
   layer = text.Layer(4, 64, cross=True)
   x, context = jax.random.normal(jax.random.key(0), (2, 3, 32)), jax.random.normal(jax.random.key(1), (2, 5, 48))
@@ -187,6 +178,5 @@ def test_learns_a_grammar_in_which_each_word_follows_from_the_one_before(seed):
   ids, labels = sample(jax.random.key(999))
   accuracy = forward(params, ids, labels)[1]
   unigram = jnp.bincount(jnp.where(labels >= 0, labels, 53).ravel(), length=53).max() / jnp.sum(labels >= 0)
-  print('accuracy', float(accuracy), 'unigram', float(unigram))
   assert unigram < 0.06
   assert accuracy > 0.8
