@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.nn.initializers import zeros
 
-from mim_jax.ops import activations, attention, placement
+from mim_jax.ops import activations, attention, bias, cpu_product, placement
 
 
 def xavier_uniform(fan_in, fan_out):
@@ -23,9 +23,9 @@ def xavier_uniform(fan_in, fan_out):
 def matmul(x, kernel, contract=1):
   """Product of x [..., *c] and kernel [*c, *out] over the `contract` axes c -> [..., *out]."""
   lead = x.shape[: x.ndim - contract]
-  if not placement.on_tpu():  # leading axes in one: XLA's CPU products copy and transpose otherwise
-    y = jnp.tensordot(x.reshape(-1, *x.shape[len(lead) :]), kernel, contract)
-  elif placement.heads_whole():  # tokens stay, as they rarely fill whole tiles; heads in one, as they fill no registers
+  if placement.on_cpu():
+    y = cpu_product.product(x.reshape(-1, *x.shape[len(lead) :]), kernel, contract)
+  elif placement.on_tpu() and placement.heads_whole():  # tokens stay, as they rarely fill whole tiles; heads in one, as they fill no registers
     width = math.prod(kernel.shape[:contract])
     # The barrier keeps the compiler from taking the reshape of the gradient into the product, whose layout then costs five times as much.
     y = x.reshape(*lead, width) @ jax.lax.optimization_barrier(kernel.reshape(width, -1))
@@ -47,7 +47,7 @@ class Dense(nn.Module):
     fan_in = x.shape[-1]
     kernel = self.param('kernel', xavier_uniform(fan_in, self.features), (fan_in, self.features))
     y = matmul(x.astype(self.dtype), kernel.astype(self.dtype))
-    return y + self.param('bias', self.bias_init, (self.features,)).astype(self.dtype) if self.use_bias else y
+    return bias.add(y, self.param('bias', self.bias_init, (self.features,)).astype(self.dtype)) if self.use_bias else y
 
 
 class Qkv(nn.Module):
@@ -72,15 +72,15 @@ class Qkv(nn.Module):
     kernel = self.param('kernel', xavier_uniform(width, 3 * width), (width, *shape))
     y = matmul(x.astype(self.dtype), kernel.astype(self.dtype))
     if isinstance(self.use_bias, str):
-      bias = jnp.stack(
+      added = jnp.stack(
         [
           self.param(f'{letter}_bias', zeros, shape[1:]) if letter in self.use_bias else jnp.zeros(shape[1:])
           for letter in 'qkv'
         ]
       )
     else:
-      bias = self.param('bias', zeros, shape) if self.use_bias else jnp.zeros(shape)
-    return y, bias.astype(self.dtype)
+      added = self.param('bias', zeros, shape) if self.use_bias else jnp.zeros(shape)
+    return y, added.astype(self.dtype)
 
 
 class MergeHeads(nn.Module):
@@ -93,8 +93,8 @@ class MergeHeads(nn.Module):
   def __call__(self, x):
     heads, head_dim = x.shape[-2:]
     kernel = self.param('kernel', xavier_uniform(heads * head_dim, self.features), (heads, head_dim, self.features))
-    bias = self.param('bias', zeros, (self.features,))
-    return matmul(x.astype(self.dtype), kernel.astype(self.dtype), contract=2) + bias.astype(self.dtype)
+    y = matmul(x.astype(self.dtype), kernel.astype(self.dtype), contract=2)
+    return bias.add(y, self.param('bias', zeros, (self.features,)).astype(self.dtype))
 
 
 class SelfAttention(nn.Module):
@@ -111,11 +111,11 @@ class SelfAttention(nn.Module):
 
   @nn.compact
   def __call__(self, x, mask=None):
-    qkv, bias = Qkv(self.heads, self.dtype, self.qkv_bias, name='qkv')(x)
-    y = MergeHeads(x.shape[-1], self.dtype, name='proj')(attention.self_attention(qkv, bias, mask))
+    qkv, added = Qkv(self.heads, self.dtype, self.qkv_bias, name='qkv')(x)
+    y = MergeHeads(x.shape[-1], self.dtype, name='proj')(attention.self_attention(qkv, added, mask))
     if not self.show:
       return y
-    q, k, _ = attention.parts(qkv + bias)
+    q, k, _ = attention.parts(qkv + added)
     rows = slice(1) if self.show == 'cls' else slice(None)
     return y, attention.weights(q[:, rows], k, None if mask is None else mask[:, :, rows])
 
@@ -132,7 +132,7 @@ class SplitHeads(nn.Module):
     width = x.shape[-1]
     kernel = self.param('kernel', xavier_uniform(width, math.prod(self.shape)), (width, *self.shape))
     y = matmul(x.astype(self.dtype), kernel.astype(self.dtype))
-    return y + self.param('bias', zeros, self.shape).astype(self.dtype) if self.use_bias else y
+    return bias.add(y, self.param('bias', zeros, self.shape).astype(self.dtype)) if self.use_bias else y
 
 
 class JointCrossAttention(nn.Module):

@@ -5,7 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from mim_jax.ops import placement, short_attention
+from mim_jax.ops import bias, placement, short_attention
 
 HIDDEN = -1e9  # what `mask_out` adds to a logit: zero after softmax as long as a row keeps one visible key
 
@@ -36,8 +36,8 @@ def parts(qkv):
   return qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
 
 
-def self_attention(qkv, bias, mask=None):
-  """Attention of tokens to each other: qkv [B, N, 3, H, d] plus bias [3, H, d] -> [B, N, H, d]; `mask` as in `attention`.
+def self_attention(qkv, added, mask=None):
+  """Attention of tokens to each other: qkv [B, N, 3, H, d] plus the bias `added` [3, H, d] -> [B, N, H, d]; `mask` as in `attention`.
 
   On TPUs by the kernel of `short_attention` where nothing is masked, its shapes suit and heads are not cut over devices.
   """
@@ -45,12 +45,12 @@ def self_attention(qkv, bias, mask=None):
   if mask is None and placement.on_tpu() and placement.heads_whole() and short_attention.fits(tokens, heads, head_dim):
     kernel = placement.rows_per_device(functools.partial(_short, heads), batch)
     if kernel is not None:
-      return kernel(qkv.reshape(batch, tokens, -1), bias.reshape(-1)).reshape(batch, tokens, heads, head_dim)
-  return attention(*parts(qkv + bias), mask)
+      return kernel(qkv.reshape(batch, tokens, -1), added.reshape(-1)).reshape(batch, tokens, heads, head_dim)
+  return attention(*parts(bias.add(qkv, added)), mask)
 
 
-def _short(heads, qkv, bias):
-  return short_attention.self_attention(qkv, bias, heads)
+def _short(heads, qkv, added):
+  return short_attention.self_attention(qkv, added, heads)
 
 
 def weights(q, k, mask=None):

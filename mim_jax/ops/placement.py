@@ -14,8 +14,17 @@ from mim_jax.parallel import mesh as meshes
 
 def on_tpu() -> bool:
   """Whether the step is traced for TPUs."""
+  return _platform() == 'tpu'
+
+
+def on_cpu() -> bool:
+  """Whether the step is traced for CPUs; outside of a step, whether this process computes on them."""
+  return (_platform() or jax.default_backend()) == 'cpu'
+
+
+def _platform() -> str | None:
   device = getattr(jax.sharding.get_abstract_mesh(), 'abstract_device', None)
-  return device is not None and device.platform == 'tpu'
+  return device and device.platform
 
 
 def by_rows(x):

@@ -27,4 +27,7 @@ def test_bfloat16_is_right_to_its_rounding():
 
 
 def test_erf_where_no_tpu_is_known():
-  np.testing.assert_array_equal(activations.gelu(X), exact(X))
+  """By 1 + erf, as PyTorch has it: to 1e-6 and not to the last digit far left, where x Phi(x) is nearly 0."""
+  np.testing.assert_allclose(activations.gelu(X), exact(X), atol=1e-6)
+  slope = jax.vmap(jax.grad(activations.gelu))(X)
+  np.testing.assert_allclose(slope, jax.vmap(jax.grad(exact))(X), atol=1e-6)
