@@ -120,6 +120,7 @@ def debug(cfg):
     decoder='48/1/4',
     mim_layer=1,
     dropout=0.0,
+    init_std=0.1,  # for width 64 what 0.02 is for 768
     scan=False,
   )
   caption = f"tokenize('{words}', 20, masked=0.3, rule='words')"

@@ -37,6 +37,7 @@ DEFAULTS = {
   'mim_layer': 3,  # fusion layers that the image stream has passed when pixels are decoded from it; -1: all
   'weights': {'words': 1.0, 'pixel': 1.0, 'match': 1.0},  # of the three losses
   'dropout': 0.1,  # of text encoder and fusion
+  'init_std': 0.02,  # of the dense layers outside the image encoder; it suits width 768, narrower ones want more
 }
 
 
@@ -175,7 +176,7 @@ def make(cfg) -> Method:
   nets = modules(cfg)
   patch, grid = nets.encoder.patch, nets.encoder.grid
   count, norm_pix, dropout, scale = math.prod(grid), cfg.norm_pix, cfg.dropout, dict(cfg.weights)
-  kept = masking.keep_count(count, cfg.mask_ratio)
+  kept, init_std = masking.keep_count(count, cfg.mask_ratio), cfg.init_std
   mim_layer = nets.fusion.depth if cfg.mim_layer == -1 else cfg.mim_layer
   picture = lambda doc: Field('B H W C', (*vit.sides(cfg.image_size, 2), cfg.channels), doc=doc)
   row = lambda doc: Field('B T', (cfg.length,), 'int32', f'{doc} (data.transforms has tokenize)')
@@ -206,7 +207,9 @@ def make(cfg) -> Method:
 
     def start(name, *args):  # everything but the image encoder starts as BERT does (official code, init_weights)
       out, made = getattr(nets, name).init_with_output(next(keys), *args)
-      params[name] = made['params'] if name == 'encoder' else initial.normal_kernels(next(keys), made['params'])
+      params[name] = made['params']
+      if name != 'encoder':
+        params[name] = initial.normal_kernels(next(keys), params[name], init_std)
       return out, made['params']
 
     tokens, _ = start('encoder', image)

@@ -340,10 +340,11 @@ def test_learns_words_pixels_and_matches_of_coloured_shapes(seed, record):
       'fusion': '64/4/4',
       'decoder': '48/1/4',
       'mim_layer': 2,
+      'init_std': 0.1,
     },
   )
   built = method.build(cfg)
-  steps, size = 1500, 32
+  steps, size = 800, 32
   params = jax.jit(built.init)(jax.random.key(seed), built.abstract_batch(1))
   tx = optax.adamw(optax.warmup_cosine_decay_schedule(0.0, 1e-3, 100, steps), b1=0.9, b2=0.98, weight_decay=0.01)
 
