@@ -123,7 +123,6 @@ def debug(cfg):
     image_size=32,
     channels=4,
     channel_types=6,
-    init_std=0.08,  # width 96: with 0.02, made for 384, the first 600 steps are a plateau
     classes=9,
     ce_weight=0.01,
     scan=False,
