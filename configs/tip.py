@@ -105,7 +105,7 @@ def debug(cfg):
     tabular='64/2/4',
     multimodal='64/2/4',
     projection=32,
-    init_std=0.1,  # for width 64 what 0.02 is for 512: with 0.02 the class token stays nearly constant for long
+    init_std=0.1,  # for width 64 what 0.02 is for 512: with 0.02 the contrast loss stops at 3.5, with this at 2.4
     missing=True,
     scan=False,
   )

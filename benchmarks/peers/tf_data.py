@@ -9,26 +9,20 @@ own for the data set, one for operations. The process is pinned to the first cor
 Prints `images_per_second N`.
 """
 
-import argparse
 import os
-import time
-from pathlib import Path
 
 os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
 os.environ.setdefault('CUDA_VISIBLE_DEVICES', '-1')
 
 import tensorflow as tf  # noqa: E402
+import timing  # noqa: E402
 
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 
 
 def main():
-  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-  parser.add_argument('folder', type=Path)
-  parser.add_argument('--batch', type=int, default=64)
-  parser.add_argument('--seconds', type=float, default=10.0)
-  parser.add_argument('--size', type=int, default=224)
+  parser = timing.arguments(__doc__)
   parser.add_argument('--method', default='bicubic', choices=('bicubic', 'bilinear'))
   parser.add_argument('--antialias', action='store_true', help='widen the kernel when shrinking, as Pillow does')
   args = parser.parse_args()
@@ -59,15 +53,8 @@ def main():
   options = tf.data.Options()
   options.threading.private_threadpool_size = 1
   options.threading.max_intra_op_parallelism = 1
-  batches = iter(data.with_options(options))
-  for _ in range(4):  # what was made ahead is not in the time
-    next(batches)
-  start, count = time.perf_counter(), 0
-  while (seconds := time.perf_counter() - start) < args.seconds:
-    made = next(batches)
-    count += args.batch
+  made = timing.measure(iter(data.with_options(options)), args)
   assert made.shape == (args.batch, args.size, args.size, 3) and made.dtype == tf.float32
-  print(f'images_per_second {count / seconds}')
 
 
 if __name__ == '__main__':

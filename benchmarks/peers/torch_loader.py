@@ -9,16 +9,14 @@ the batches (1; 0 for none), all on the first core that this process may use.
 Prints `images_per_second N`.
 """
 
-import argparse
 import math
 import os
 import random
-import time
-from pathlib import Path
 
 os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])
 
 import numpy as np  # noqa: E402
+import timing  # noqa: E402
 import torch  # noqa: E402
 from PIL import Image  # noqa: E402
 
@@ -60,11 +58,7 @@ class Pictures(torch.utils.data.Dataset):
 
 
 def main():
-  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-  parser.add_argument('folder', type=Path)
-  parser.add_argument('--batch', type=int, default=64)
-  parser.add_argument('--seconds', type=float, default=10.0)
-  parser.add_argument('--size', type=int, default=224)
+  parser = timing.arguments(__doc__)
   parser.add_argument('--workers', type=int, default=1)
   args = parser.parse_args()
   torch.set_num_threads(1)
@@ -74,15 +68,8 @@ def main():
   # One endless epoch: at the start of another one all batches would be waited for.
   order = torch.utils.data.RandomSampler(pictures, replacement=True, num_samples=10**7)
   loader = torch.utils.data.DataLoader(pictures, args.batch, sampler=order, num_workers=args.workers)
-  batches = iter(loader)
-  for _ in range(4):  # what was made ahead is not in the time
-    next(batches)
-  start, count = time.perf_counter(), 0
-  while (seconds := time.perf_counter() - start) < args.seconds:
-    made = next(batches)
-    count += args.batch
+  made = timing.measure(iter(loader), args)
   assert made.shape == (args.batch, 3, args.size, args.size) and made.dtype == torch.float32
-  print(f'images_per_second {count / seconds}')
 
 
 if __name__ == '__main__':

@@ -156,8 +156,8 @@ def modules(cfg):
   patch = vit.sides(cfg.patch, 2)
   size = vit.size(cfg.size)
   depth, heads = (int(n) for n in cfg.decoder.split('/'))
-  shared = dict(mlp_ratio=cfg.mlp_ratio, eps=cfg.ln_eps, dtype=cfg.dtype, scan=cfg.scan, remat=cfg.remat)
-  shared |= dict(std=cfg.init_std)
+  options = ('mlp_ratio', 'dtype', 'scan', 'remat')
+  shared = {name: cfg[name] for name in options} | {'eps': cfg.ln_eps, 'std': cfg.init_std}
   grid = patches.grid_of(vit.sides(cfg.image_size, 2), patch)
   encoder = channel_vit.Encoder(
     **size,

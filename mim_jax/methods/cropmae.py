@@ -205,8 +205,7 @@ def make(cfg) -> Method:
   def panels(params, state, frozen, batch, draws):
     _, aux = loss(params, state, frozen, batch, {'noise': draws['noise']}, 0)  # pictures are drawn without dropout
     target = patches.patchify(batch['views'][:, 1], patch)
-    pred = aux['out']['pred'].astype(jnp.float32)
-    pred = targets.undo_norm_pix(pred, target) if norm_pix else pred
+    pred = targets.undo_norm_pix(aux['out']['pred'], target) if norm_pix else aux['out']['pred']
     shown = patches.pictures(target, pred, aux['out']['mask'], grid, patch)
     return {'seen whole': batch['views'][:, 0], 'to fill in': batch['views'][:, 1], **shown}
 

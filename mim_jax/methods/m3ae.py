@@ -292,8 +292,7 @@ def make(cfg) -> Method:
   def panels(params, state, frozen, batch, draws):
     _, aux = loss(params, state, frozen, batch, draws, 0)
     target, mim = patches.patchify(batch['image'], patch), aux['out']['mim']
-    pred = mim['logits'].astype(jnp.float32)
-    pred = targets.undo_norm_pix(pred, target) if norm_pix else pred
+    pred = targets.undo_norm_pix(mim['logits'], target) if norm_pix else mim['logits']
     shown = patches.pictures(target, pred, mim['mask'], grid, patch)
     return {'input': batch['image'], **shown, 'false image': batch['false_image']}
 

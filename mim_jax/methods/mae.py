@@ -77,8 +77,7 @@ def make(cfg) -> Method:
   def panels(params, state, frozen, batch, draws):
     _, aux = loss(params, state, frozen, batch, draws, 0)
     target = target_of(batch['image'])
-    pred = aux['out']['pred'].astype(jnp.float32)
-    pred = targets.undo_norm_pix(pred, target) if norm_pix else pred
+    pred = targets.undo_norm_pix(aux['out']['pred'], target) if norm_pix else aux['out']['pred']
     return {'input': batch['image'], **patches.pictures(target, pred, aux['out']['mask'], grid, patch)}
 
   return Method(fields={'image': image}, init=init, draw=draw, loss=loss, encode=encode, panels=panels)
