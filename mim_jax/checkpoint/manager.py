@@ -362,7 +362,7 @@ class Manager:
         self._orbax.wait_until_finished()
 
   def close(self):
-    """Waits, then frees Orbax's threads. Collective. Raises as `wait` does."""
+    """Waits, then frees Orbax's threads. Collective. Raises as `wait` does; a failure told before is not told again."""
     try:
       self.wait()
     finally:
@@ -386,6 +386,16 @@ class Manager:
         self._score(step, read_contents(self.directory / str(step)).metrics)
     return manager
 
+  def _let_go(self):
+    """Closes Orbax's manager after a failed save, without a word: what else of that save fails is no news."""
+    orbax, self._orbax = self._orbax, None
+    for _ in range(4 if orbax else 0):  # each of its three parts raises its error once and leaves the next ones open
+      try:
+        orbax.close()
+        break
+      except Exception:
+        log.debug('closing after a failed save', exc_info=True)
+
   def _score(self, step: int, metrics: Mapping[str, float] | None):
     value = (metrics or {}).get(self._best, math.nan)
     if not math.isnan(value):
@@ -393,10 +403,11 @@ class Manager:
 
   @contextlib.contextmanager
   def _explained(self):
-    """Turns the errors of a save into CheckpointError."""
+    """Turns the errors of a save into one CheckpointError; the next save opens Orbax's manager anew."""
     try:
       yield
     except (OSError, ValueError, RuntimeError) as error:
+      self._let_go()
       if _disk_is_full(error):
         raise CheckpointError(
           f'no space left on the disk for {self._saving}. Free space there (or lower checkpoint.keep), then start the '

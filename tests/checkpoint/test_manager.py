@@ -401,6 +401,33 @@ def test_no_space_is_recognised_in_whatever_is_raised(make, monkeypatch, error):
   assert manager.restore(abstract(state_of(0, mesh)))[1]['step'] == 1
 
 
+def test_a_failure_is_told_once_though_several_parts_of_the_save_fail(make, monkeypatch):
+  full = OSError(errno.ENOSPC, 'No space left on device')
+  more, closed, close = [full, full, full], [], ocp.CheckpointManager.close
+
+  def fail(*args, **kwargs):
+    raise full
+
+  def fail_then_close(self):
+    if more:
+      raise more.pop()
+    close(self)
+    closed.append(self)
+
+  mesh, manager = mesh_of(1), make()
+  manager.save(1, state_of(1, mesh), {})
+  with monkeypatch.context() as patch:
+    patch.setattr(ocp.CheckpointManager, 'close', fail_then_close)
+    patch.setattr(ocp.CheckpointManager, 'save', fail)
+    with pytest.raises(CheckpointError, match='no space left'):
+      manager.save(2, state_of(2, mesh), {})
+    assert len(closed) == 1
+    manager.close()
+  manager.save(2, state_of(2, mesh), {})  # there is room again
+  manager.wait()
+  assert manager.steps() == [1, 2]
+
+
 def script(body):
   return textwrap.dedent(f"""
     import faulthandler, os, pathlib, signal, sys, time
