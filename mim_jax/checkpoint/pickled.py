@@ -240,7 +240,8 @@ def _flat(node, name: str, above: set[int]) -> Iterator[tuple[str, Tensor]]:
     return
   if isinstance(node, Opaque) and node.name.startswith('__torch__'):
     node = node.state
-  elif isinstance(node, Opaque) and isinstance(node.state, dict) and '_modules' in node.state:  # a whole torch.nn.Module
+  elif isinstance(node, Opaque) and isinstance(node.state, dict) and '_modules' in node.state:
+    # a whole torch.nn.Module
     node = {**(node.state.get('_parameters') or {}), **(node.state.get('_buffers') or {}), **node.state['_modules']}
   if isinstance(node, dict):
     items = node.items()

@@ -25,7 +25,8 @@ def matmul(x, kernel, contract=1):
   lead = x.shape[: x.ndim - contract]
   if placement.on_cpu():
     y = cpu_product.product(x.reshape(-1, *x.shape[len(lead) :]), kernel, contract)
-  elif placement.on_tpu() and placement.heads_whole():  # tokens stay, as they rarely fill whole tiles; heads in one, as they fill no registers
+  elif placement.on_tpu() and placement.heads_whole():
+    # Tokens stay, as they rarely fill whole tiles; heads in one, as they fill no registers.
     width = math.prod(kernel.shape[:contract])
     # The barrier keeps the compiler from taking the reshape of the gradient into the product, whose layout then costs five times as much.
     y = x.reshape(*lead, width) @ jax.lax.optimization_barrier(kernel.reshape(width, -1))

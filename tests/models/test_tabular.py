@@ -46,7 +46,8 @@ def test_categories_have_rows_of_their_own_in_the_shared_embedding(encoder):
   net, params, run = encoder
   assert net.offsets == (0, 2)
   before = run(params, TABLE)
-  other = params | {'cat_embedding': params['cat_embedding'].at[4].add(jnp.arange(16.0))}  # column 1, code 2: only in row 0
+  only_row_0 = params['cat_embedding'].at[4].add(jnp.arange(16.0))  # column 1, code 2
+  other = params | {'cat_embedding': only_row_0}
   after = run(other, TABLE)
   assert np.abs(after[0] - before[0]).max() > 1e-3
   np.testing.assert_array_equal(after[1], before[1])
