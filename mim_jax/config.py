@@ -36,6 +36,7 @@ def base() -> ml_collections.ConfigDict:
       'accumulate': 1,  # parts that a step's batch is computed in, one after another
       'duration': '100 epochs',
       'log_every': '50 steps',
+      'fused_attention': True,  # kernels of TPUs and GPUs where shapes allow; False: the plain form everywhere
       'max_bad_steps': 10,  # non-finite steps in a row that stop the run
       'data': {
         'source': 'synthetic:shapes:train',  # tfds:NAME:SPLIT | folder:PATH | synthetic:WORLD:SPLIT | arrays:FILE.npz; several: 'a, b'

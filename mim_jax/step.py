@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mim_jax import durations, method, optim
 from mim_jax.errors import ConfigError
-from mim_jax.ops import ema
+from mim_jax.ops import ema, placement
 from mim_jax.parallel import mesh as meshes
 from mim_jax.parallel import rules
 
@@ -109,7 +109,7 @@ def assemble(cfg, mesh: Mesh, examples: int) -> Program:
     steps_per_epoch=steps_per_epoch,
     init=jax.jit(init, out_shardings=train_shardings),
     step=jax.jit(
-      traced_on(mesh, step),
+      traced_on(mesh, step, cfg.fused_attention),
       donate_argnums=0,
       out_shardings=(train_shardings, whole),
       compiler_options=COMPILER_OPTIONS.get(mesh.devices.flat[0].platform),
@@ -117,11 +117,11 @@ def assemble(cfg, mesh: Mesh, examples: int) -> Program:
   )
 
 
-def traced_on(mesh: Mesh, function):
+def traced_on(mesh: Mesh, function, fused_attention: bool):
   """`function` traced with `mesh` known to its operations, see `mim_jax.ops.placement`."""
 
   def traced(*args):
-    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), placement.fused_attention(fused_attention):
       return function(*args)
 
   return traced

@@ -1,4 +1,4 @@
-"""Scaled dot-product attention."""
+"""Scaled dot-product attention: the plain form, which every device and every mask takes, and the kernels of TPUs and GPUs."""
 
 import functools
 
@@ -23,12 +23,32 @@ def attention(q, k, v, mask=None, drop=None):
 
   Heads are moved in front of the tokens first: products whose batch axes lead run three to five times faster on CPU than the same
   contraction with heads between tokens and features, and cost the same elsewhere.
+
+  On GPUs by cuDNN where it takes the shapes and nothing is masked or dropped.
   """
+  if mask is None and drop is None and placement.on_nvidia() and placement.wants_fused_attention() and _cudnn_takes(q):
+    return cudnn(q, k, v)
   q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
   logits = jnp.einsum('bhnd,bhmd->bhnm', q * q.shape[-1] ** -0.5, k, preferred_element_type=jnp.float32)
   logits = logits if mask is None else logits + mask
   shares = jax.nn.softmax(logits) if drop is None else drop(jax.nn.softmax(logits))
   return jnp.einsum('bhnm,bhmd->bhnd', shares.astype(v.dtype), v).swapaxes(1, 2)
+
+
+def _cudnn_takes(q) -> bool:
+  return q.dtype in (jnp.bfloat16, jnp.float16) and q.shape[-1] <= 128 and q.shape[-1] % 8 == 0
+
+
+def cudnn(q, k, v, implementation='cudnn'):
+  """`attention` without mask by cuDNN, which keeps N x M on the chip: half precision, heads of 8, 16, .. 128 features.
+
+  JAX lets its gradient have even numbers of tokens only: odd ones get one more, a key that no query looks at, a query that nobody reads.
+  """
+  tokens, keys = q.shape[1], k.shape[1]
+  q, k, v = (jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0))) for x in (q, k, v))
+  lengths = jnp.full(k.shape[0], keys, jnp.int32) if keys % 2 else None
+  found = jax.nn.dot_product_attention(q, k, v, key_value_seq_lengths=lengths, implementation=implementation)
+  return found[:, :tokens]
 
 
 def parts(qkv):
@@ -42,7 +62,8 @@ def self_attention(qkv, added, mask=None):
   On TPUs by the kernel of `short_attention` where nothing is masked, its shapes suit and heads are not cut over devices.
   """
   batch, tokens, _, heads, head_dim = qkv.shape
-  if mask is None and placement.on_tpu() and placement.heads_whole() and short_attention.fits(tokens, heads, head_dim):
+  suits = placement.wants_fused_attention() and short_attention.fits(tokens, heads, head_dim)
+  if mask is None and placement.on_tpu() and placement.heads_whole() and suits:
     kernel = placement.rows_per_device(functools.partial(_short, heads), batch)
     if kernel is not None:
       return kernel(qkv.reshape(batch, tokens, -1), added.reshape(-1)).reshape(batch, tokens, heads, head_dim)

@@ -1,15 +1,37 @@
-"""What the operations know of the devices that a step is traced for: whether these are TPUs, and how a batch lies on them.
+"""What the operations know of the devices that a step is traced for: of what kind these are, and how a batch lies on them.
 
 The train step is traced within `jax.sharding.use_abstract_mesh`. Outside of it (a notebook, an evaluator) nothing is known, and operations
 take their plain form, which is right everywhere.
 """
 
+import contextlib
+import contextvars
 import math
+from collections.abc import Iterator
 
 import jax
 from jax.sharding import PartitionSpec
 
 from mim_jax.parallel import mesh as meshes
+
+_FUSED = contextvars.ContextVar('fused', default=True)
+
+
+@contextlib.contextmanager
+def fused_attention(wanted: bool) -> Iterator[None]:
+  """Whether attention traced within takes the kernels made for its devices (`ops.attention`); otherwise its plain form.
+
+  Functions that JAX has traced before stay as they are: this is for what is traced for the first time.
+  """
+  token = _FUSED.set(wanted)
+  try:
+    yield
+  finally:
+    _FUSED.reset(token)
+
+
+def wants_fused_attention() -> bool:
+  return _FUSED.get()
 
 
 def on_tpu() -> bool:
@@ -17,13 +39,23 @@ def on_tpu() -> bool:
   return _platform() == 'tpu'
 
 
+def on_nvidia() -> bool:
+  """Whether the step is traced for GPUs of NVIDIA since Ampere, whose kinds are called so (before: Tesla, Quadro)."""
+  device = _device()
+  return device is not None and device.device_kind.startswith('NVIDIA')
+
+
 def on_cpu() -> bool:
   """Whether the step is traced for CPUs; outside of a step, whether this process computes on them."""
   return (_platform() or jax.default_backend()) == 'cpu'
 
 
+def _device():
+  return getattr(jax.sharding.get_abstract_mesh(), 'abstract_device', None)
+
+
 def _platform() -> str | None:
-  device = getattr(jax.sharding.get_abstract_mesh(), 'abstract_device', None)
+  device = _device()
   return device and device.platform
 
 

@@ -2,11 +2,13 @@
 
 One program holds all tokens of one image. Heads are not cut apart: a head of 32 or 64 features fills only part of the 128 lanes of a
 register, and moving it to the front would cost more than the product. Instead the lanes of the other heads are set to zero in one factor;
-the matrix unit contracts 128 lanes in the time that it needs for 32. The backward kernel computes the probabilities again, so nothing of
+the matrix unit contracts 128 lanes in the time that it needs for 32. A head of 80 lies in one register or across two, both of which are
+contracted. The backward kernel computes the probabilities again, so nothing of
 size N x N is stored between the passes. Biases are added in the kernel and their gradients summed there, which saves a pass over memory.
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +21,7 @@ LONGEST = 640  # tokens; six float32 arrays N x N of the backward kernel stay be
 
 def fits(tokens: int, heads: int, head_dim: int) -> bool:
   """Whether the kernel takes these shapes: heads that fill whole registers together, not too many tokens."""
-  return tokens <= LONGEST and LANES % head_dim == 0 and (heads * head_dim) % LANES == 0
+  return tokens <= LONGEST and head_dim <= LANES and (heads * head_dim) % LANES == 0
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
@@ -82,16 +84,24 @@ def _image(tokens, features):
 
 
 def cost(batch, tokens, heads, head_dim, itemsize, products, arrays) -> pl.CostEstimate:
-  """What the matrix unit really does: products of N x N with all 128 lanes for every head, N rounded up to whole tiles.
+  """What the matrix unit really does: products of N x N with all lanes of every head's registers, N rounded up to whole tiles.
 
   `arrays` counts transfers of [B, N, D] from and to main memory.
   """
   padded = -(-tokens // LANES) * LANES
+  windows = list(_windows(head_dim))
+  lanes = sum(stop - start for start, stop in windows) * heads // len(windows)
   return pl.CostEstimate(
-    flops=products * 2 * batch * heads * tokens * padded * LANES,
+    flops=products * 2 * batch * tokens * padded * lanes,
     transcendentals=batch * heads * tokens * padded,
     bytes_accessed=arrays * batch * tokens * heads * head_dim * itemsize,
   )
+
+
+def _windows(head_dim):
+  """(first, last + 1) lane of the whole registers that hold each head of a group, the fewest heads that fill registers together."""
+  for start in range(0, math.lcm(LANES, head_dim), head_dim):
+    yield start // LANES * LANES, -(-(start + head_dim) // LANES) * LANES
 
 
 def _dot(a, b, contract):
@@ -104,42 +114,58 @@ def _softmax(logits):
   return weights / jnp.sum(weights, axis=1, keepdims=True)
 
 
-def _groups(qkv, bias, width):
-  """Registers' worth of heads: pairs of (first lane, [q, k, v])."""
-  for start in range(0, width, LANES):
-    lanes = [slice(part * width + start, part * width + start + LANES) for part in range(3)]
-    yield start, [qkv[0, :, own] + bias[:, own] for own in lanes]
+def _groups(qkv, bias, width, head_dim):
+  """Groups of heads: (lanes [start, stop), [q, k, v])."""
+  size = math.lcm(LANES, head_dim)
+  for start in range(0, width, size):
+    lanes = [slice(part * width + start, part * width + start + size) for part in range(3)]
+    yield slice(start, start + size), [qkv[0, :, own] + bias[:, own] for own in lanes]
 
 
-def _heads_of(head_dim):
-  """For each head of a group, the lanes that are its own, [1, 128] bool."""
-  lanes = jax.lax.broadcasted_iota(jnp.int32, (1, LANES), 1) // head_dim
-  return [lanes == head for head in range(LANES // head_dim)]
+def _heads(head_dim, *arrays):
+  """For each head of a group: its window, each array [N, group] there, and which of its lanes are the head's own [1, window]."""
+  for head, (first, stop) in enumerate(_windows(head_dim)):
+    lanes = jax.lax.broadcasted_iota(jnp.int32, (1, stop - first), 1) + first
+    own = (lanes >= head * head_dim) & (lanes < (head + 1) * head_dim)
+    yield slice(first, stop), [x[:, first:stop] for x in arrays], own
+
+
+class _Total:
+  """Sum [N, group] float32 of what the heads of a group add in their windows, register by register."""
+
+  def __init__(self, tokens, head_dim):
+    self.registers = [jnp.zeros((tokens, LANES), jnp.float32) for _ in range(math.lcm(LANES, head_dim) // LANES)]
+
+  def add(self, window, x):
+    for start in range(window.start, window.stop, LANES):
+      self.registers[start // LANES] += x[:, start - window.start : start - window.start + LANES]
+
+  def value(self):
+    return jnp.concatenate(self.registers, axis=1)
 
 
 def _forward_kernel(qkv, bias, out, *, width, head_dim):
-  for start, (q, k, v) in _groups(qkv, bias, width):
-    total = jnp.zeros(q.shape, jnp.float32)
-    for own in _heads_of(head_dim):
+  for group, values in _groups(qkv, bias, width, head_dim):
+    total = _Total(qkv.shape[1], head_dim)
+    for window, (q, k, v), own in _heads(head_dim, *values):
       weights = _softmax(_dot(q, jnp.where(own, k, 0), (1, 1)) * head_dim**-0.5)
-      total += _dot(weights.astype(v.dtype), jnp.where(own, v, 0), (1, 0))
-    out[0, :, start : start + LANES] = total.astype(out.dtype)
+      total.add(window, _dot(weights.astype(v.dtype), jnp.where(own, v, 0), (1, 0)))
+    out[0, :, group] = total.value().astype(out.dtype)
 
 
 def _backward_kernel(qkv, bias, grad, out, d_bias, *, width, head_dim):
   scale = head_dim**-0.5
-  for start, (q, k, v) in _groups(qkv, bias, width):
-    given = grad[0, :, start : start + LANES]
-    totals = [jnp.zeros(q.shape, jnp.float32) for _ in range(3)]
-    for own in _heads_of(head_dim):
+  for group, values in _groups(qkv, bias, width, head_dim):
+    totals = [_Total(qkv.shape[1], head_dim) for _ in range(3)]
+    for window, (q, k, v, given), own in _heads(head_dim, *values, grad[0, :, group]):
       weights = _softmax(_dot(q, jnp.where(own, k, 0), (1, 1)) * scale)
       d_weights = _dot(given, jnp.where(own, v, 0), (1, 1))
       d_logits = weights * (d_weights - jnp.sum(weights * d_weights, axis=1, keepdims=True)) * scale
       d_logits = d_logits.astype(q.dtype)
-      totals[0] += _dot(d_logits, jnp.where(own, k, 0), (1, 0))
-      totals[1] += _dot(d_logits, jnp.where(own, q, 0), (0, 0))
-      totals[2] += _dot(weights.astype(given.dtype), jnp.where(own, given, 0), (0, 0))
+      totals[0].add(window, _dot(d_logits, jnp.where(own, k, 0), (1, 0)))
+      totals[1].add(window, _dot(d_logits, jnp.where(own, q, 0), (0, 0)))
+      totals[2].add(window, _dot(weights.astype(given.dtype), jnp.where(own, given, 0), (0, 0)))
     for part, total in enumerate(totals):
-      lanes = slice(part * width + start, part * width + start + LANES)
-      out[0, :, lanes] = total.astype(out.dtype)
-      d_bias[0, :, lanes] = jnp.sum(total, axis=0, keepdims=True)
+      lanes = slice(part * width + group.start, part * width + group.stop)
+      out[0, :, lanes] = total.value().astype(out.dtype)
+      d_bias[0, :, lanes] = jnp.sum(total.value(), axis=0, keepdims=True)

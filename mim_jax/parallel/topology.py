@@ -196,6 +196,18 @@ def installed(module: str) -> bool:
     return False
 
 
+def _tell_jax_of_cudnn():
+  """JAX asks cuDNN's library for its version before it lowers attention to it. Compiling needs the name of the call only, so where the
+  library is not installed the version in `H100_TARGET` answers. No public function of JAX says so.
+  """
+  from jax._src.lib import cuda_versions  # there since `require_compiler` has found the plugin
+
+  try:
+    cuda_versions.cudnn_get_version()
+  except RuntimeError:
+    cuda_versions.cudnn_get_version = lambda: 90800
+
+
 def devices(topology: Topology) -> list:
   """Compile-only devices of `topology` in a process with its `environment`. Raises UserError for a shape that the
   compiler refuses.
@@ -212,6 +224,7 @@ def devices(topology: Topology) -> list:
     arguments = dict(platform='tpu', topology_name=name, **options)
   else:
     shape = f'1x{topology.slices}x{topology.island}'  # partitions x hosts x devices of a host
+    _tell_jax_of_cudnn()
     arguments = dict(platform='cuda', topology_name='', target_config=H100_TARGET, topology=shape)
   try:
     found = topologies.get_topology_desc(**arguments).devices

@@ -162,9 +162,10 @@ def _library_flops(computation, instruction) -> float:
     axes = [int(d) for d in re.findall(r'\d+', dims[1])] if dims else [len(shapes[0]) - 1]
     return 2 * instruction.shape[0].size * math.prod(shapes[0][d] for d in axes)
   if target.startswith('__cudnn$fmha'):
-    # q [.., N, d] and k [.., M, d] with batch and heads before: two products forward, five backward.
-    query, key = shapes[0], shapes[1]
-    return 2 * math.prod(query) * key[-2 if query[-2] != key[-3] else -3] * (5 if 'Backward' in target else 2)
+    # Two products of [B, H, N, M] and d forward, five backward; the text says neither whether tokens or heads come first in q.
+    logits = re.search(r'"intermediate_tensor_shape": ?\{.*?"dimensions": ?\[([^\]]*)\]', instruction.rest)
+    pairs = math.prod(int(d) for d in re.findall(r'\d+', logits[1]))
+    return 2 * pairs * shapes[0][-1] * (5 if 'Backward' in target else 2)
   return 0.0
 
 

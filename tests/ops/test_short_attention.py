@@ -29,7 +29,9 @@ def both(qkv, bias, grad):
   return (found, *back(grad)), (expected, *plain_back(grad))
 
 
-@pytest.mark.parametrize(('tokens', 'heads', 'head_dim'), [(5, 4, 32), (13, 4, 64), (17, 8, 32), (8, 2, 128)])
+@pytest.mark.parametrize(
+  ('tokens', 'heads', 'head_dim'), [(5, 4, 32), (13, 4, 64), (17, 8, 32), (8, 2, 128), (13, 8, 80)]
+)
 def test_values_and_gradients(tokens, heads, head_dim):
   assert short_attention.fits(tokens, heads, head_dim)
   for found, expected in zip(*both(*case(tokens, heads, head_dim)), strict=True):
@@ -43,7 +45,7 @@ def test_bfloat16_to_its_rounding():
     np.testing.assert_allclose(found.astype(jnp.float32), wide, atol=2**-6 * float(jnp.max(jnp.abs(wide))))
 
 
-@pytest.mark.parametrize(('tokens', 'heads', 'head_dim'), [(16, 3, 32), (16, 16, 80), (641, 4, 32)])
+@pytest.mark.parametrize(('tokens', 'heads', 'head_dim'), [(16, 3, 32), (16, 12, 80), (16, 1, 256), (641, 4, 32)])
 def test_shapes_that_it_leaves_to_the_plain_form(tokens, heads, head_dim):
   assert not short_attention.fits(tokens, heads, head_dim)
 
@@ -52,3 +54,7 @@ def test_the_cost_counts_what_the_matrix_unit_does():
   found = short_attention.cost(2, 197, 16, 32, 2, products=2, arrays=4)
   assert found.flops == 2 * 2 * 2 * 16 * 197 * 256 * 128
   assert found.bytes_accessed == 4 * 2 * 197 * 512 * 2
+  across = short_attention.cost(
+    2, 65, 16, 80, 2, products=2, arrays=4
+  )  # 8 heads of 80 lie in 1, 2, 1, 2, 2, 1, 2 and 1 registers
+  assert across.flops == 2 * 2 * 2 * 65 * 128 * (2 * 12 * 128)

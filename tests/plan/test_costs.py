@@ -57,7 +57,7 @@ def test_flops_of_library_calls():
   %q = bf16[2,3,50,64]{3,2,1,0} parameter(2)
   %k = bf16[2,3,40,64]{3,2,1,0} parameter(3)
   %gemm = (f32[8,4]{1,0}, s8[64]{0}) custom-call(%p, %w), custom_call_target="__cublas$gemm", backend_config={"gemm_backend_config":{"dot_dimension_numbers":{"lhs_contracting_dimensions":["1"]}}}
-  %attention = (bf16[2,3,50,64]{3,2,1,0}, u8[0]{0}) custom-call(%q, %k, %k), custom_call_target="__cudnn$fmhaSoftmax"
+  %attention = (bf16[2,3,50,64]{3,2,1,0}, u8[0]{0}) custom-call(%q, %k, %k), custom_call_target="__cudnn$fmhaSoftmax", backend_config={"cudnn_fmha_backend_config": {"intermediate_tensor_shape": {"element_type": "BF16", "dimensions": ["2", "3", "50", "40"], "tuple_shapes": []}}}
   ROOT %r = f32[8,4]{1,0} get-tuple-element(%gemm), index=0""")
   found = {work.instruction.name: work.flops for work in costs.works(module)}
   assert found == {'gemm': 2 * 8 * 16 * 4, 'attention': 2 * 2 * 2 * 3 * 50 * 40 * 64}
