@@ -171,6 +171,18 @@ def test_scanned_and_unrolled_layers_count_the_same_work():
 
 
 @pytest.mark.slow
+def test_attention_on_gpus_is_cudnn_unless_switched_off(tmp_path):
+  small = ['--config.batch_size=64', '--config.method.size=S', f'--hlo={tmp_path / "hlo"}']
+  calls = lambda: (tmp_path / 'hlo').read_text().count('custom_call_target="__cudnn$fmhaSoftmax')
+  fused = plan('configs/mae.py', 'h100:8', *small)
+  assert calls() == 4  # forward and backward of the layers of encoder and decoder, which are loops
+  plain = plan('configs/mae.py', 'h100:8', *small, '--config.fused_attention=False')
+  assert calls() == 0
+  assert fused['hlo_flops'] == pytest.approx(plain['hlo_flops'], rel=0.02)
+  assert fused['hbm_bytes'] < plain['hbm_bytes']
+
+
+@pytest.mark.slow
 def test_what_does_not_fit_says_what_does():
   found = plan('configs/mae.py:size=L', 'v5e:2x4', '--config.batch_size=2048')
   assert not found['fits'] and found['hbm_bytes'] > found['hbm_limit_bytes']
