@@ -16,6 +16,7 @@ os.environ['JAX_DEFAULT_MATMUL_PRECISION'] = 'highest'
 import jax  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 GOLDENS = Path(__file__).parent / 'goldens'
@@ -51,6 +52,18 @@ def cifar10():
 def devices():
   assert jax.device_count() == 8
   return jax.devices()
+
+
+@pytest.fixture
+def abstract():
+  """Function (platform, kind, sizes of axes) -> mesh of devices that are not here, to trace for."""
+
+  def make(platform, kind='x', **sizes):
+    shape = {'data': 1, 'fsdp': 1, 'tensor': 1} | sizes
+    device = AbstractDevice(device_kind=kind, num_cores=1, platform=platform)
+    return AbstractMesh((*shape.values(),), (*shape,), (AxisType.Auto,) * 3, abstract_device=device)
+
+  return make
 
 
 # Records: with --record, the outcome of every test of a method is written down, which `mim-jax methods` shows

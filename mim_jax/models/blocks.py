@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.nn.initializers import zeros
 
-from mim_jax.ops import activations, attention, bias, cpu_product, placement
+from mim_jax.ops import activations, attention, bias, cpu_product, layer_norm, placement
 
 
 def xavier_uniform(fan_in, fan_out):
@@ -231,11 +231,20 @@ class LayerScale(nn.Module):
     return x * self.param('scale', nn.initializers.constant(self.initial), (x.shape[-1],)).astype(self.dtype)
 
 
-class LayerNorm(nn.LayerNorm):
-  """LayerNorm with statistics in float32, by the two-pass variance that the official codes use."""
+class LayerNorm(nn.Module):
+  """`ops.layer_norm` with its parameters: x [..., D] -> `dtype`, that of x and parameters together where it is None."""
 
   epsilon: float = 1e-6
-  use_fast_variance: bool = False
+  dtype: str | None = None
+  use_bias: bool = True
+  use_scale: bool = True
+
+  @nn.compact
+  def __call__(self, x):
+    scale = self.param('scale', nn.initializers.ones, x.shape[-1:]) if self.use_scale else None
+    bias = self.param('bias', nn.initializers.zeros, x.shape[-1:]) if self.use_bias else None
+    dtype = jnp.dtype(self.dtype or jnp.promote_types(x.dtype, jnp.float32))
+    return layer_norm.layer_norm(x, scale, bias, self.epsilon, dtype)
 
 
 def drop_path(x, uniform, rate):

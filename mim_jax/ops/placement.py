@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator
 
 import jax
-from jax.sharding import PartitionSpec
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, PartitionSpec
 
 from mim_jax.parallel import mesh as meshes
 
@@ -32,6 +32,13 @@ def fused_attention(wanted: bool) -> Iterator[None]:
 
 def wants_fused_attention() -> bool:
   return _FUSED.get()
+
+
+def nowhere():
+  """Context in which operations take the form that is written for no kind of device: what the mathematics asks for, no more."""
+  device = AbstractDevice(device_kind='none', num_cores=1, platform='none')
+  mesh = AbstractMesh((1,) * len(meshes.AXES), meshes.AXES, (AxisType.Auto,) * len(meshes.AXES), abstract_device=device)
+  return jax.sharding.use_abstract_mesh(mesh)
 
 
 def on_tpu() -> bool:

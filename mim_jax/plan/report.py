@@ -56,7 +56,18 @@ def _model(plan):
   return [
     f'parameters        {plan["parameters"]:,}{frozen}',
     f'model FLOPs       {plan["model_flops_per_image"] / 1e9:.2f} GFLOP per image ({plan["model_flops_formula"]})',
+    *_kept(plan),
     f'run               {plan["steps"]:,} steps, {plan["steps_per_epoch"]:,} an epoch',
+  ]
+
+
+def _kept(plan):
+  kept = plan['kept_bytes_per_image']
+  if kept is None:
+    return []
+  once = plan['images_per_device_at_once']
+  return [
+    f'activations       {size(kept)} per image kept for the gradient, {size(kept * once)} for the {once:g} that a device has at once'
   ]
 
 

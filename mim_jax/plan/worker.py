@@ -17,7 +17,7 @@ from mim_jax import config, step
 from mim_jax.errors import ConfigError, UserError
 from mim_jax.parallel import mesh as meshes
 from mim_jax.parallel import topology as topologies
-from mim_jax.plan import collectives, contributors, costs, estimate, flops, hlo
+from mim_jax.plan import activations, collectives, contributors, costs, estimate, flops, hlo
 
 PACKAGE = 'mim_jax'
 UNITS = {'': 1, 'K': 2**10, 'M': 2**20, 'G': 2**30, 'T': 2**40}
@@ -87,6 +87,7 @@ def describe(cfg, topology, program: step.Program) -> dict:
     'frozen_parameters': size(program.frozen),
     'model_flops_per_image': flops.per_image(cfg),
     'model_flops_formula': flops.FORMULA,
+    'kept_bytes_per_image': activations.kept_per_image(cfg, program.mesh),
     'steps': program.total_steps,
     'steps_per_epoch': program.steps_per_epoch,
     'hbm_limit_bytes': topology.chip.hbm if math.isfinite(topology.chip.hbm) else None,

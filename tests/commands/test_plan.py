@@ -19,6 +19,7 @@ KEYS = {
     'parameters',
     'frozen_parameters',
     'model_flops_per_image',
+    'kept_bytes_per_image',
     'hlo_flops',
     'collectives',
   ),

@@ -25,13 +25,14 @@ def mae_by_hand(width, depth, patch):
   return 2 * (3 * forward + 2 * kept * pixels * width)
 
 
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
 @pytest.mark.parametrize(
   ('size', 'patch', 'numbers', 'giga'),
   [('B', 16, (768, 12), 58.11), ('L', 16, (1024, 24), 123.76), ('H', 14, (1280, 32), 290.41)],
 )
-def test_mae_per_image_is_the_hand_count(size, patch, numbers, giga):
+def test_mae_per_image_is_the_hand_count(size, patch, numbers, giga, dtype):
   cfg = config.base()
-  cfg.method = method.options('mae', size=size, patch=patch)
+  cfg.method = method.options('mae', size=size, patch=patch, dtype=dtype)
   cfg.batch_size = 8
   found = flops.per_image(cfg)
   assert found == mae_by_hand(*numbers, patch)
