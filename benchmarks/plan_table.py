@@ -1,9 +1,9 @@
-"""The table of docs/performance.md: one recipe in several sizes on several topologies, each compiled by `mim-jax plan`.
+"""The tables of docs/performance.md: recipes on topologies, each compiled by `mim-jax plan`.
 
-  python benchmarks/plan_table.py --sizes B,L,H --topologies v5e:4x4,v5e:16x16,v5p:4x4x4,v6e:16x16,h100:8
-  [--config.key=value ...]
+  python benchmarks/plan_table.py configs/mae.py:size=B configs/mae.py:size=L configs/mae.py:size=H
+  python benchmarks/plan_table.py --topologies v5e:16x16,h100:8 configs/cae.py configs/dmjd.py [--config.key=value ...]
 
-Needs pip install "mim-jax[plan]"; fifteen programs take half an hour to an hour on two cores.
+Needs pip install "mim-jax[plan]". A program takes from one to five minutes; one that does not fit is compiled again in more parts.
 """
 
 import argparse
@@ -15,9 +15,11 @@ from mim_jax.parallel import topology as topologies
 from mim_jax.plan import examples, jobs
 
 COLUMNS = (
-  'size',
+  'recipe',
   'topology',
+  'parameters',
   'images/chip',
+  'kept/image',
   'memory',
   'with',
   'M cycles',
@@ -31,21 +33,29 @@ COLUMNS = (
 
 def main():
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-  parser.add_argument('--recipe', default='configs/mae.py')
-  parser.add_argument('--sizes', default='B,L,H')
+  parser.add_argument('recipes', nargs='+', metavar='FILE.py[:ARGUMENT]')
   parser.add_argument('--topologies', default='v5e:4x4,v5e:16x16,v5p:4x4x4,v6e:16x16,h100:8')
+  parser.add_argument('--examples', type=int, default=0, help='of data sets whose size is not known here')
   args, overrides = parser.parse_known_args()
   print('| ' + ' | '.join(COLUMNS) + ' |\n|' + '---|' * len(COLUMNS))
-  for name in args.topologies.split(','):
-    for size in args.sizes.split(','):
-      cfg = config.load([f'--config={args.recipe}:size={size}', *overrides])
-      topology = topologies.parse(name)
-      found = jobs.fitting_plan(cfg, topology, examples.count(cfg.data), lambda line: print(line, file=sys.stderr))
-      print('| ' + ' | '.join(row(size, found)) + ' |', flush=True)
+  for recipe in args.recipes:
+    for name in args.topologies.split(','):
+      cfg = config.load([f'--config={recipe}', *overrides])
+      count = args.examples or examples.count(cfg.data)
+      found = jobs.fitting_plan(cfg, topologies.parse(name), count, lambda line: print(line, file=sys.stderr))
+      print('| ' + ' | '.join(row(recipe, found)) + ' |', flush=True)
 
 
-def row(size: str, found: dict) -> list[str]:
-  cells = [size, found['topology'], f'{found["images_per_device"]:g}', jobs.size(found['hbm_bytes'])]
+def row(recipe: str, found: dict) -> list[str]:
+  kept = found['kept_bytes_per_image']
+  cells = [
+    recipe,
+    found['topology'],
+    f'{found["parameters"] / 1e6:,.0f} M',
+    f'{found["images_per_device"]:g}',
+    '' if kept is None else jobs.size(kept),
+    jobs.size(found['hbm_bytes']),
+  ]
   compiled = f'{found["compile_seconds"]:.0f} s'
   if not found['estimated_step_seconds']:
     return [*cells, 'does not fit' if not found['fits'] else '', *[''] * 5, compiled]
