@@ -363,12 +363,10 @@ class Manager:
 
   def close(self):
     """Waits, then frees Orbax's threads. Collective. Raises as `wait` does; a failure told before is not told again."""
-    try:
-      self.wait()
-    finally:
-      if self._orbax is not None:
-        self._orbax.close()
-        self._orbax = None
+    if self._orbax is not None:
+      with self._explained():
+        self._orbax.close()  # waits first
+      self._orbax = None
 
   def _open(self):
     """Orbax's manager, which on its start removes the folders of saves that never completed."""

@@ -25,17 +25,17 @@ def _forward(x, scale, bias, eps, dtype):
   rate = jax.lax.rsqrt(jnp.mean(jnp.square(wide - mean), axis=-1, keepdims=True) + eps)
   y = (wide - mean) * (rate if scale is None else rate * scale)
   y = y if bias is None else y + bias
-  return y.astype(dtype), (x, mean, rate, scale, bias is not None)
+  return y.astype(dtype), (x, mean, rate, scale, bias)
 
 
 def _backward(eps, dtype, kept, grad):
   del eps, dtype
-  x, mean, rate, scale, biased = kept
+  x, mean, rate, scale, bias = kept
   grad = grad.astype(jnp.float32)
   normed = (x.astype(jnp.float32) - mean) * rate
   rows = tuple(range(x.ndim - 1))
   d_scale = None if scale is None else jnp.sum(grad * normed, axis=rows).astype(scale.dtype)
-  d_bias = jnp.sum(grad, axis=rows) if biased else None
+  d_bias = None if bias is None else jnp.sum(grad, axis=rows).astype(bias.dtype)
   inner = grad if scale is None else grad * scale
   share = jnp.mean(inner * normed, axis=-1, keepdims=True)
   d_x = rate * (inner - jnp.mean(inner, axis=-1, keepdims=True) - normed * share)

@@ -18,9 +18,8 @@ def case(dtype='float32'):
 
 def flax(x, scale, bias, dtype):
   given = {name: value for name, value in (('scale', scale), ('bias', bias)) if value is not None}
-  net = nn.LayerNorm(
-    1e-6, dtype, use_fast_variance=False, use_scale=scale is not None, use_bias=bias is not None
-  )  # fmt: skip
+  parts = dict(use_scale=scale is not None, use_bias=bias is not None)
+  net = nn.LayerNorm(1e-6, dtype, use_fast_variance=False, **parts)
   return net.apply({'params': given}, x)
 
 
@@ -57,4 +56,4 @@ def test_input_and_two_numbers_per_row_are_kept():
   x, scale, bias, _ = case('bfloat16')
   kept = jax.eval_shape(lambda *a: jax.vjp(lambda *b: layer_norm.layer_norm(*b, 1e-6, x.dtype), *a)[1], x, scale, bias)
   sizes = sorted((leaf.size, str(leaf.dtype)) for leaf in jax.tree.leaves(kept))
-  assert sizes == [(20, 'float32'), (20, 'float32'), (24, 'float32'), (480, 'bfloat16')]
+  assert sizes == [(20, 'float32')] * 2 + [(24, 'float32')] * 2 + [(480, 'bfloat16')]  # statistics, parameters, input
