@@ -5,6 +5,7 @@ import math
 import jax
 
 from mim_jax import method, step
+from mim_jax.plan import inputs
 
 
 def kept_per_image(cfg, mesh) -> float | None:
@@ -22,15 +23,8 @@ def kept_per_image(cfg, mesh) -> float | None:
 
 
 def _residuals(cfg, built, mesh, batch_size) -> int:
-  batch = built.abstract_batch(batch_size)
-  key = jax.eval_shape(lambda: jax.random.key(0))
-  params = jax.eval_shape(built.init, key, batch)
-  state, frozen = jax.eval_shape(built.state, params), jax.eval_shape(built.frozen, key, batch)
-  draws = jax.eval_shape(built.draw, key, batch)
+  def backward(params, *rest):
+    return jax.vjp(lambda params: built.loss(params, *rest)[0], params)[1]
 
-  def backward(params, state, frozen, batch, draws, at):
-    return jax.vjp(lambda params: built.loss(params, state, frozen, batch, draws, at)[0], params)[1]
-
-  traced = step.traced_on(mesh, backward, cfg.fused_attention)
-  kept = jax.eval_shape(traced, params, state, frozen, batch, draws, jax.ShapeDtypeStruct((), 'int32'))
+  kept = jax.eval_shape(step.traced_on(mesh, backward, cfg.fused_attention), *inputs.abstract(built, batch_size))
   return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(kept))

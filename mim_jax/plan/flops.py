@@ -13,6 +13,7 @@ from jax.interpreters import partial_eval
 
 from mim_jax import method, step
 from mim_jax.ops import placement
+from mim_jax.plan import inputs
 
 FORMULA = (
   '2 per multiply-add of every matrix product in the loss and its gradient, nothing recomputed; '
@@ -25,19 +26,14 @@ def per_image(cfg) -> float:
   options = cfg.method.copy_and_resolve_references()
   options.scan, options.remat = True, 'none'
   built = method.build(options)
-  batch = built.abstract_batch(cfg.batch_size)
-  key = jax.eval_shape(lambda: jax.random.key(0))
-  params = jax.eval_shape(built.init, key, batch)
-  train = {'params': params, 'state': jax.eval_shape(built.state, params), 'step': jax.ShapeDtypeStruct((), 'int32')}
-  frozen = jax.eval_shape(built.frozen, key, batch)
-  draws = jax.eval_shape(built.draw, key, batch)
 
-  def gradient(train, frozen, batch, draws):
+  def gradient(params, state, frozen, batch, draws, at):
+    train = {'params': params, 'state': state, 'step': at}
     with placement.nowhere():  # kernels, and products that stand for transposes on CPUs, are no part of the mathematics
       (loss, _), grads = step.gradients(built, train, frozen, batch, draws, 1)
     return loss, grads
 
-  closed = jax.make_jaxpr(gradient)(train, frozen, batch, draws)
+  closed = jax.make_jaxpr(gradient)(*inputs.abstract(built, cfg.batch_size))
   used, _ = partial_eval.dce_jaxpr(closed.jaxpr, [True] * len(closed.jaxpr.outvars))
   return count(used) / cfg.batch_size
 
