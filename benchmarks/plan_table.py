@@ -3,11 +3,13 @@
   python benchmarks/plan_table.py configs/mae.py:size=B configs/mae.py:size=L configs/mae.py:size=H
   python benchmarks/plan_table.py --topologies v5e:16x16,h100:8 configs/cae.py configs/dmjd.py [--config.key=value ...]
 
-Needs pip install "mim-jax[plan]". A program takes from one to five minutes; one that does not fit is compiled again in more parts.
+`--json FILE` adds a line with the whole plan of every program to FILE as it is compiled. Needs pip install "mim-jax[plan]". A program takes from one to five minutes; one that does not fit is compiled again in more parts.
 """
 
 import argparse
+import json
 import sys
+from pathlib import Path
 
 from mim_jax import config
 from mim_jax.errors import UserError
@@ -36,6 +38,7 @@ def main():
   parser.add_argument('recipes', nargs='+', metavar='FILE.py[:ARGUMENT]')
   parser.add_argument('--topologies', default='v5e:4x4,v5e:16x16,v5p:4x4x4,v6e:16x16,h100:8')
   parser.add_argument('--examples', type=int, default=0, help='of data sets whose size is not known here')
+  parser.add_argument('--json', type=Path, metavar='FILE', help='keep whole plans there, a line each')
   args, overrides = parser.parse_known_args()
   print('| ' + ' | '.join(COLUMNS) + ' |\n|' + '---|' * len(COLUMNS))
   for recipe in args.recipes:
@@ -44,6 +47,9 @@ def main():
       count = args.examples or examples.count(cfg.data)
       found = jobs.fitting_plan(cfg, topologies.parse(name), count, lambda line: print(line, file=sys.stderr))
       print('| ' + ' | '.join(row(recipe, found)) + ' |', flush=True)
+      if args.json:
+        with args.json.open('a') as file:
+          file.write(json.dumps({'recipe': recipe, 'arguments': overrides} | found) + '\n')
 
 
 def row(recipe: str, found: dict) -> list[str]:

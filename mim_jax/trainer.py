@@ -188,10 +188,10 @@ class Trainer:
     with self.progress.stage('compiling the train step'):
       step_fn = program.step.lower(program.train, program.frozen, program.batch).compile()
     progress.total, progress.batch_size = total, cfg.batch_size
-    timer = Timer(cfg.batch_size)
+    timer, metrics = Timer(cfg.batch_size), {}
     with contextlib.closing(self.feeds.batches(self.pipeline, self.start)) as batches:
       for done in range(self.start + 1, total + 1):
-        with timer.data():
+        with timer.data(metrics.get('loss')):
           _, batch = next(batches)
         with self.profiler.step(done - 1, self.state):
           self.state, metrics = step_fn(self.state, self.frozen, batch)

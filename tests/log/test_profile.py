@@ -34,6 +34,15 @@ def test_timer_splits_data_from_the_rest_and_leaves_pauses_out(clock):
   assert timer.read() == pytest.approx({'time/step': 4.0, 'time/data': 0.0, 'time/images_per_s': 8.0})
 
 
+def test_timer_counts_no_wait_that_the_devices_outlast(clock):
+  timer = Timer(batch_size=1)
+  for ready, seconds in ((False, 7.0), (True, 3.0)):
+    with timer.data(types.SimpleNamespace(is_ready=lambda ready=ready: ready)):
+      clock[0] += seconds
+    timer.step()
+  assert timer.read() == {'time/step': 5.0, 'time/data': 1.5, 'time/images_per_s': 0.2}
+
+
 def test_timer_counts_a_wait_that_fails(clock):
   timer = Timer(batch_size=1)
   with pytest.raises(StopIteration):
