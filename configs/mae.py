@@ -18,6 +18,8 @@ def get_config(arg=''):
   patch = 14 if args.size == 'H' else 16  # paper section 4.2: ViT-H/14
   cfg.method = method.options('mae', size=args.size, patch=patch)
   cfg.method.dtype = 'bfloat16'  # the authors' code: half precision with loss scaling, which bfloat16 does not need
+  # Unrolled, ViT-B takes three quarters of the cycles of a loop on TPUs and twice its time to compile (docs/performance.md).
+  cfg.method.scan = args.size in ('L', 'H')
 
   cfg.data.source = 'tfds:imagenet2012:train'
   cfg.data.transforms = 'decode | random_resized_crop(224, scale=(0.2, 1.0)) | flip | normalize'  # paper table 8
