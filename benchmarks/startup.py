@@ -196,8 +196,8 @@ def measure(recipe, overrides, workdir, began):
       yield
 
   @contextlib.contextmanager
-  def timed_waiting(self):
-    with parts.part('first batch'), waiting(self):
+  def timed_waiting(self, running=None):
+    with parts.part('first batch'), waiting(self, running):
       yield
     batch_is_there[0] = time.monotonic()
 

@@ -157,7 +157,9 @@ def test_complete_answers_for_mae(size, parameters, topology):
   assert found['fits'] or found['fits_with']
   assert 0.05 < found['estimated_utilisation'] < 0.9
   assert found['estimated_cycles'] > 0 and found['images_per_second'] > 0 and found['device_hours'] > 0
-  assert found['hlo_flops'] == pytest.approx(found['model_flops_per_image'] * 4096 / found['devices'], rel=0.05)
+  # TPU: the attention kernel states what the matrix unit does, heads of 32 and 64 features as 128 lanes.
+  more = found['hlo_flops'] / (found['model_flops_per_image'] * 4096 / found['devices'])
+  assert more == pytest.approx(1, rel=0.05) if topology == 'h100:8' else 1 < more < 1.25
   assert len(found['contributors']) == 10
   assert {c['axis'] for c in found['collectives']} == {'fsdp'}
 
@@ -165,7 +167,7 @@ def test_complete_answers_for_mae(size, parameters, topology):
 @pytest.mark.slow
 def test_scanned_and_unrolled_layers_count_the_same_work():
   small = ['--config.batch_size=256', '--config.method.size=S', '--config.method.decoder=256/4/8']
-  scanned = plan('configs/mae.py', 'v5e:2x4', *small)
+  scanned = plan('configs/mae.py', 'v5e:2x4', *small, '--config.method.scan=True')
   unrolled = plan('configs/mae.py', 'v5e:2x4', *small, '--config.method.scan=False')
   assert scanned['hlo_flops'] == pytest.approx(unrolled['hlo_flops'], rel=0.02)
   assert 0.6 < unrolled['estimated_cycles'] / scanned['estimated_cycles'] < 1.1
@@ -173,7 +175,7 @@ def test_scanned_and_unrolled_layers_count_the_same_work():
 
 @pytest.mark.slow
 def test_attention_on_gpus_is_cudnn_unless_switched_off(tmp_path):
-  small = ['--config.batch_size=64', '--config.method.size=S', f'--hlo={tmp_path / "hlo"}']
+  small = ['--config.batch_size=64', '--config.method.size=S', '--config.method.scan=True', f'--hlo={tmp_path / "hlo"}']
   calls = lambda: (tmp_path / 'hlo').read_text().count('custom_call_target="__cudnn$fmhaSoftmax')
   fused = plan('configs/mae.py', 'h100:8', *small)
   assert calls() == 4  # forward and backward of the layers of encoder and decoder, which are loops
