@@ -150,9 +150,10 @@ def debug(cfg):
         'batch_size': 250,
         'transforms': f"decode | tokenize('{words}', 20, field='question') | normalize('clip')",
         'closed': 'closed',
+        'every': 'never',  # longer than the run itself: mim-jax eval --workdir=... --evals=answers
         'train_batch': 50,
-        'epochs': 3,
-        'base_lr': 1e-3,
+        'epochs': 12,
+        'base_lr': 5e-3,
         'fusion_mult': 1.0,
         'head_mult': 2.0,
       },
