@@ -153,9 +153,9 @@ def debug(cfg):
         'every': 'never',  # longer than the run itself: mim-jax eval --workdir=... --evals=answers
         'train_batch': 50,
         'epochs': 12,
-        'base_lr': 5e-3,
+        'base_lr': 3e-3,
         'fusion_mult': 1.0,
-        'head_mult': 2.0,
+        'head_mult': 3.0,
       },
     ),
   }
