@@ -329,7 +329,7 @@ def pairs(key, count):
 @pytest.mark.slow
 @pytest.mark.parametrize('seed', [0, 1, 2])
 def test_learns_words_pixels_and_matches_of_coloured_shapes(seed, record):
-  """Hidden words above 0.8 with their image, at chance with another; matches above 0.8; pixels better than zeros."""
+  """Hidden words above 0.8 with their image, no better than chance with another; matches above 0.8; pixels better than zeros."""
   cfg = method.options(
     'm3ae',
     **{
@@ -378,6 +378,6 @@ def test_learns_words_pixels_and_matches_of_coloured_shapes(seed, record):
   record(**shares, **found, zeros=zero)
   for true, wrong, chance in chances.values():
     assert true > 0.8
-    assert abs(wrong - chance) < 0.1
+    assert wrong < chance + 0.1
   assert found['accuracy/match'] > 0.8
   assert zero > 0.95 and found['loss/pixel'] < 0.8 * zero
