@@ -3,7 +3,8 @@
   python benchmarks/plan_table.py configs/mae.py:size=B configs/mae.py:size=L configs/mae.py:size=H
   python benchmarks/plan_table.py --topologies v5e:16x16,h100:8 configs/cae.py configs/dmjd.py [--config.key=value ...]
 
-`--json FILE` adds a line with the whole plan of every program to FILE as it is compiled. Needs pip install "mim-jax[plan]". A program takes from one to ten minutes; one that does not fit is compiled again in more parts.
+`--json FILE` adds a line with the whole plan of every program to FILE as it is compiled. Needs pip install "mim-jax[plan]". A program takes
+from one to ten minutes; one that does not fit is compiled again in more parts.
 """
 
 import argparse

@@ -103,7 +103,7 @@ def get_config(arg=''):
 
 
 def debug(cfg):
-  """Rendered scenes of 64 pixels with one-sentence captions: trains offline on two CPU cores in about two minutes."""
+  """Rendered scenes of 64 pixels with one-sentence captions: trains offline on two CPU cores in two to four minutes."""
   from mim_jax.data import text as host
 
   words = 'words:questions'
