@@ -75,7 +75,7 @@ class Writer:
       from tensorboardX import SummaryWriter
 
       purge = None if resume_step is None else resume_step + 1  # from there on TensorBoard hides what older files say
-      suffix = f'.{time.time_ns() % 10**9:09d}'  # a file is named by its second, and opened anew if there is one
+      suffix = f'.{time.time_ns()}'  # names begin with the second only; readers go through the files by name
       self._events = SummaryWriter(str(self.workdir), purge_step=purge, flush_secs=10, filename_suffix=suffix)
     if wandb:
       self._wandb = self._start_wandb(wandb, config)

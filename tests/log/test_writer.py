@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 import types
 
 import cv2
@@ -216,6 +217,18 @@ def test_tensorboard_has_the_same_numbers_and_hides_what_a_resume_repeats(tmp_pa
   assert (values[9, 'panel'].image.height, values[9, 'panel'].image.width) == (4, 5)
   assert [event.step for event in second if event.HasField('session_log')] == [7]
   assert {event.step for event in second if event.summary.value} == {7, 8, 9}
+
+
+def test_tensorboard_files_are_in_order_when_the_second_changes_between_two_looks_at_the_clock(tmp_path, monkeypatch):
+  now = iter((10.9999, 11.2))  # the first file is named by second 11 too
+  monkeypatch.setattr(time, 'time_ns', lambda: int(next(now) * 1e9))
+  monkeypatch.setattr(time, 'time', lambda: 1_111_111_111.5)
+  for resume_step in (None, 6):
+    with Writer(tmp_path, resume_step=resume_step, tensorboard=True) as writer:
+      writer.write(7, {'loss': 0.5})
+  first, second = events(tmp_path)
+  assert not any(event.HasField('session_log') for event in first)
+  assert any(event.HasField('session_log') for event in second)
 
 
 def test_missing_wandb_names_the_extra(tmp_path, monkeypatch):
