@@ -81,7 +81,7 @@ def base() -> ml_collections.ConfigDict:
       'checkpoint': {
         'every': '1 epochs',
         'keep': 2,  # newest ones
-        'keep_every': '',  # these stay for good; '' for none
+        'keep_every': 'never',  # these stay for good
         'best': '',  # metric whose best checkpoint stays, such as 'eval/knn/top1'
         'best_mode': 'max',
       },
@@ -95,7 +95,7 @@ def base() -> ml_collections.ConfigDict:
         'path': ''
       },  # weights of teacher or tokenizer; '': random ones of the same shape, for trying things out
       'evals': {},  # name -> options, see mim_jax.evals
-      'panels': {'every': '10%', 'count': 8},  # pictures of what the method sees and predicts; every '' for none
+      'panels': {'every': '10%', 'count': 8},  # pictures of what the method sees and predicts; every 'never' for none
       'log': {
         'tensorboard': False,
         'wandb': '',  # project name

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import time
+from operator import attrgetter
 from pathlib import Path
 
 import jax
@@ -72,12 +73,12 @@ class Trainer:
     program.method.check_fields(given, f'{cfg.data.source} with transforms {cfg.data.transforms!r}')
 
     self.max_corrupt = cfg.data.max_corrupt
-    self.log_every = self._interval(cfg.log_every)
-    self.save_every = self._interval(cfg.checkpoint.every)
-    self.panel_every = self._interval(cfg.panels.every)
+    self.log_every = self._interval('log_every')
+    self.save_every = self._interval('checkpoint.every')
+    self.panel_every = self._interval('panels.every')
     self.profiler = Profiler(cfg.log.profile, workdir, progress.say)
     stack.callback(self.profiler.close)
-    keep_every = self._interval(cfg.checkpoint.keep_every)
+    keep_every = self._interval('checkpoint.keep_every')
     self.manager = Manager(
       workdir / 'checkpoints',
       keep=cfg.checkpoint.keep,
@@ -107,13 +108,13 @@ class Trainer:
 
   # ---- set-up ----
 
-  def _interval(self, every: str) -> int:
-    """Steps between two of something; 0 for never."""
-    p = self.program
-    return (
-      durations.steps(every, total=p.total_steps, steps_per_epoch=p.steps_per_epoch, batch_size=self.cfg.batch_size)
-      if every
-      else 0
+  def _interval(self, key: str) -> int:
+    """Steps between two of what the config's `key` is about; 0 for 'never' and ''."""
+    p, every = self.program, attrgetter(key)(self.cfg)
+    if every in ('', 'never'):
+      return 0
+    return durations.steps(
+      every, total=p.total_steps, steps_per_epoch=p.steps_per_epoch, batch_size=self.cfg.batch_size, key=key
     )
 
   def _check_folder(self):
@@ -204,13 +205,17 @@ class Trainer:
           self._log(done, jax.device_get(metrics), timer)
         else:
           progress.tick(done)
-        with timer.pause():
-          if self._due(done, self.panel_every) or done == total:
-            self._panels(done)
-          if self._due_evals(done):
-            figures = self._evaluate(done)
-          if self._due(done, self.save_every) or done == total:
-            self._save(done, metrics=figures)
+        drawing = self._due(done, self.panel_every) or done == total
+        evaluating = self._due_evals(done)
+        saving = self._due(done, self.save_every) or done == total
+        if drawing or evaluating or saving:
+          with timer.pause(metrics):
+            if drawing:
+              self._panels(done)
+            if evaluating:
+              figures = self._evaluate(done)
+            if saving:
+              self._save(done, metrics=figures)
         if self.stop():
           self._leave(done, pending=False)
     return self._finish(figures)

@@ -99,8 +99,12 @@ class Timer:
         self._data += monotonic() - start
 
   @contextlib.contextmanager
-  def pause(self):
-    """Around what is not training: compiling, evaluating, saving."""
+  def pause(self, running):
+    """Around what is not training: panels, evaluations, saving.
+
+    `running` is a tree of results of the step that was dispatched last; the time until they are there still is training.
+    """
+    jax.block_until_ready(running)
     start = monotonic()
     try:
       yield

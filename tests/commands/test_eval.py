@@ -26,7 +26,7 @@ def finished(tmp_path_factory):
   cfg.data.transforms = cfg.data.eval_transforms = 'normalize'
   cfg.batch_size, cfg.duration, cfg.log_every = 16, '12 steps', '4 steps'
   cfg.checkpoint.every, cfg.checkpoint.keep = '4 steps', 3
-  cfg.panels.every = ''
+  cfg.panels.every = 'never'
   cfg.evals = suite.config(knn={'every': 'never', 'test': ':train', 'k': 3, 'baselines': ()})
   trainer.run(cfg, folder / 'run')
   return folder / 'run'

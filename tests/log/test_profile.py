@@ -20,8 +20,8 @@ def clock(monkeypatch):
 
 def test_timer_splits_data_from_the_rest_and_leaves_pauses_out(clock):
   timer = Timer(batch_size=32)
-  with timer.pause():
-    clock[0] += 60  # compiling
+  with timer.pause({}):
+    clock[0] += 60  # an evaluation
   for _ in range(4):
     with timer.data():
       clock[0] += 0.5
@@ -32,6 +32,18 @@ def test_timer_splits_data_from_the_rest_and_leaves_pauses_out(clock):
   timer.step()
   clock[0] += 4.0
   assert timer.read() == pytest.approx({'time/step': 4.0, 'time/data': 0.0, 'time/images_per_s': 8.0})
+
+
+def test_time_until_dispatched_steps_are_done_is_training_also_when_a_pause_begins(clock):
+  class Running:
+    def block_until_ready(self):
+      clock[0] += 6.0
+
+  timer = Timer(batch_size=1)
+  timer.step()
+  with timer.pause({'loss': Running()}):
+    clock[0] += 60
+  assert timer.read()['time/step'] == 6.0
 
 
 def test_timer_counts_no_wait_that_the_devices_outlast(clock):
