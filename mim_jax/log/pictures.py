@@ -165,7 +165,8 @@ def curve(
   axes.spines['bottom'].set_color('#999999')
   axes.margins(x=0.02)
   if len(series) > 1:
-    axes.legend(frameon=False, fontsize=9, labelcolor='#222222')
+    # Beside the lines: within them, a method with many losses has no place that is free.
+    axes.legend(loc='center left', bbox_to_anchor=(1.0, 0.5), frameon=False, fontsize=9, labelcolor='#222222')
   canvas.draw()
   image = np.asarray(canvas.buffer_rgba())[..., :3].copy()
   if path is not None:
